@@ -1,0 +1,204 @@
+"""ParallelContext: which tensor-parallel ranks live in this process and how bytes reach the others. No globals."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+DEFAULT_TIMEOUT_S = 600.0
+
+
+class RankError(RuntimeError):
+    """Some rank failed; raised on all of them with the same text. `__str__` names each failing rank once."""
+
+
+@dataclass
+class TrafficCounter:
+    """Payload bytes and messages this process handed to the process group, split by purpose."""
+
+    sent_nbytes: dict[str, int] = field(default_factory=dict)
+    messages: dict[str, int] = field(default_factory=dict)
+
+    def add(self, purpose: str, nbytes: int, messages: int) -> None:
+        self.sent_nbytes[purpose] = self.sent_nbytes.get(purpose, 0) + nbytes
+        self.messages[purpose] = self.messages.get(purpose, 0) + messages
+
+    def total_nbytes(self) -> int:
+        return sum(self.sent_nbytes.values())
+
+    def reset(self) -> None:
+        self.sent_nbytes.clear()
+        self.messages.clear()
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """One tensor-parallel group as this process sees it.
+
+    rank, size: tensor-parallel rank of this process and number of ranks. With `virtual=True` this one process plays
+    all `size` ranks (`rank` is 0): row-parallel layers compute every rank's partial sum, everything else is unsharded.
+    group: torch process group, None when no other process takes part.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+    virtual: bool = False
+    traffic: TrafficCounter = field(default_factory=TrafficCounter, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 <= self.rank < self.size:
+            raise ValueError(f"tensor-parallel rank {self.rank} of {self.size}: the rank must lie in [0, size)")
+        if self.size > 1 and not self.virtual and self.group is None:
+            raise ValueError(f"{self.size} tensor-parallel ranks need a process group, or virtual=True in one process")
+
+    @classmethod
+    def single(cls, device: str | torch.device = "cpu") -> ParallelContext:
+        return cls(device=torch.device(device))
+
+    @classmethod
+    def virtual_ranks(cls, size: int, device: str | torch.device = "cpu") -> ParallelContext:
+        """All `size` ranks inside this process: same codecs, same sums in the same order, no network."""
+        return cls(size=size, device=torch.device(device), virtual=size > 1)
+
+    @classmethod
+    def from_environment(cls, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> ParallelContext:
+        """Joins the process group that `torchrun` described in the environment (a single rank without it).
+
+        gloo on CPU, NCCL with one GPU a rank on CUDA. Raises ValueError where the device does not fit.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        rank = int(os.environ.get("RANK", "0"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if kind == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise ValueError(
+                    f"local rank {local_rank} needs its own GPU, {torch.cuda.device_count()} found; "
+                    "start fewer ranks a host or pass --device cpu"
+                )
+            where = torch.device("cuda", local_rank)
+            torch.cuda.set_device(where)
+        else:
+            where = torch.device(kind)
+        if size == 1:
+            return cls(device=where)
+        if not dist.is_initialized():
+            backend = "nccl" if where.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        assert dist.group.WORLD is not None
+        return cls(rank=rank, size=size, device=where, group=dist.group.WORLD)
+
+    def close(self) -> None:
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group()
+
+    # ---- what this process holds -------------------------------------------------------------------------------
+
+    @property
+    def local_ranks(self) -> range:
+        """Tensor-parallel ranks whose partial sums this process computes."""
+        return range(self.size) if self.virtual else range(self.rank, self.rank + 1)
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """(rank, size) for cutting weights: virtual ranks share the one full copy."""
+        return (0, 1) if self.virtual else (self.rank, self.size)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def divide(self, count: int, what: str) -> int:
+        """`count / size`, or a ValueError that names `what` and the sizes that would fit."""
+        if count % self.size:
+            fitting = [n for n in range(1, min(count, 64) + 1) if count % n == 0]
+            raise ValueError(f"{what} ({count}) does not divide by {self.size} ranks; sizes that do: {fitting}")
+        return count // self.size
+
+    # ---- moving bytes ------------------------------------------------------------------------------------------
+
+    def exchange(
+        self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor], purpose: str
+    ) -> None:
+        """Sends each tensor of `outgoing` to its rank while filling those of `incoming`; returns when all arrived.
+
+        One message a peer and call; empty tensors are not sent, so both sides must agree on the sizes. Tensors are
+        contiguous and on `device`; `incoming` buffers belong to the caller.
+        """
+        assert self.group is not None
+        sends = {peer: tensor for peer, tensor in outgoing.items() if tensor.numel()}
+        receives = {peer: tensor for peer, tensor in incoming.items() if tensor.numel()}
+        operations = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=p) for p, tensor in receives.items()]
+        operations += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=p) for p, tensor in sends.items()]
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        self.traffic.add(purpose, sum(t.numel() * t.element_size() for t in sends.values()), len(sends))
+
+    def all_gather(self, tensor: torch.Tensor, purpose: str) -> torch.Tensor:
+        """Stacks the equally shaped tensors of all ranks in rank order: `[size, *tensor.shape]`, same on every rank."""
+        if self.group is None:
+            return tensor.unsqueeze(0)
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        gathered[self.rank] = tensor
+        mine = gathered[self.rank]
+        peers = [rank for rank in range(self.size) if rank != self.rank]
+        self.exchange(dict.fromkeys(peers, mine), {rank: gathered[rank] for rank in peers}, purpose)
+        return gathered
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        """Every rank's JSON value in rank order. For set-up and errors: text, never pickles."""
+        if self.group is None:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        lengths = self.all_gather(torch.tensor([data.numel()], device=self.device), "control").flatten().tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+        padded[: data.numel()] = data
+        rows = self.all_gather(padded, "control").cpu()
+        return [
+            json.loads(bytes(row[:length].tolist()).decode()) for row, length in zip(rows, lengths, strict=True)
+        ]
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's JSON value, on every rank."""
+        return self.all_gather_json(value if self.is_first else None)[0]
+
+    def agree(self, problem: str | None) -> None:
+        """Called by all ranks after a step that may fail on one of them: raises the same RankError everywhere.
+
+        `problem` is None where the step went well.
+        """
+        problems = self.all_gather_json(problem)
+        failing = [(rank, text) for rank, text in enumerate(problems) if text is not None]
+        if not failing:
+            return
+        texts: dict[str, list[int]] = {}
+        for rank, text in failing:
+            texts.setdefault(text, []).append(rank)
+        parts = [
+            text if len(ranks) == self.size else f"rank {_ranks_text(ranks)}: {text}" for text, ranks in texts.items()
+        ]
+        raise RankError("; ".join(parts))
+
+    def agree_same(self, value: Any, what: str) -> None:
+        """Raises the same error on all ranks unless every rank passed an equal JSON `value`."""
+        values = self.all_gather_json(value)
+        if any(other != values[0] for other in values):
+            shown = "; ".join(f"rank {rank} has {other!r}" for rank, other in enumerate(values))
+            raise RankError(f"{what} differs between ranks ({shown}); start every rank with the same arguments")
+
+    def barrier(self) -> None:
+        self.all_gather(torch.zeros(1, dtype=torch.uint8, device=self.device), "control")
+
+
+def _ranks_text(ranks: Sequence[int]) -> str:
+    return ", ".join(str(rank) for rank in ranks)
