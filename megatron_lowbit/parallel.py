@@ -164,9 +164,7 @@ class ParallelContext:
         padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
         padded[: data.numel()] = data
         rows = self.all_gather(padded, "control").cpu()
-        return [
-            json.loads(bytes(row[:length].tolist()).decode()) for row, length in zip(rows, lengths, strict=True)
-        ]
+        return [json.loads(bytes(row[:length].tolist()).decode()) for row, length in zip(rows, lengths, strict=True)]
 
     def broadcast_json(self, value: Any) -> Any:
         """Rank 0's JSON value, on every rank."""

@@ -1,0 +1,1 @@
+"""Decoder-only model families and the decoder they share."""

@@ -1,0 +1,38 @@
+"""The table of model families: from a Hugging Face `model_type` to the module that describes it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from megatron_lowbit.config import ModelConfig
+from megatron_lowbit.models import llama
+from megatron_lowbit.sharding import TensorSource
+
+
+class Family(Protocol):
+    """What a family module provides."""
+
+    MODEL_TYPES: tuple[str, ...]
+
+    def config_from_hf(self, hf: dict[str, Any], where: str) -> ModelConfig: ...
+
+    def tensor_sources(self, config: ModelConfig) -> dict[str, TensorSource]: ...
+
+
+FAMILIES: dict[str, Family] = {"llama": llama}
+
+
+def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
+    """ModelConfig of a Hugging Face `config.json`; ValueError names the model types that are supported."""
+    for family in FAMILIES.values():
+        if hf.get("model_type") in family.MODEL_TYPES:
+            return family.config_from_hf(hf, where)
+    supported = sorted(kind for family in FAMILIES.values() for kind in family.MODEL_TYPES)
+    raise ValueError(f"{where}: model_type {hf.get('model_type')!r} is not supported; supported: {supported}")
+
+
+def tensor_sources(config: ModelConfig) -> dict[str, TensorSource]:
+    """Every checkpoint tensor of the model by its canonical (Hugging Face) name."""
+    if config.family not in FAMILIES:
+        raise ValueError(f"model family {config.family!r} is unknown; known: {sorted(FAMILIES)}")
+    return FAMILIES[config.family].tensor_sources(config)
