@@ -54,23 +54,23 @@ def encode(
     packet_TB.zero_()
     if layout.bits == 32:
         bits = torch.where(torch.isnan(body), NAN_BF16_BITS << 16, body.contiguous().view(torch.int32))
-        packet_TB[:, : layout.codes_nbytes] = bits.view(torch.uint8)
+        _write(packet_TB[:, : layout.codes_nbytes], bits)
     elif layout.bits == 16:
-        packet_TB[:, : layout.codes_nbytes] = _bf16_bits(body).view(torch.uint8)
+        _write(packet_TB[:, : layout.codes_nbytes], _bf16_bits(body))
     elif layout.group_size:
         scale_bits_TG, codes = _encode_groups(body, layout)
-        packet_TB[:, layout.scales_offset : layout.outliers_offset] = scale_bits_TG.view(torch.uint8)
-        packet_TB[:, : layout.codes_nbytes] = _pack(codes, layout.bits)
+        _write(packet_TB[:, layout.scales_offset : layout.outliers_offset], scale_bits_TG)
+        _write(packet_TB[:, : layout.codes_nbytes], _pack(codes, layout.bits))
     else:
         assert inverse_scale is not None
         limit = 2 ** (layout.bits - 1) - 1
         codes = torch.round(body * inverse_scale).clamp(-limit, limit)
         codes = torch.where(torch.isfinite(body), codes, -limit - 1).to(torch.int8)
-        packet_TB[:, : layout.codes_nbytes] = _pack(codes, layout.bits)
+        _write(packet_TB[:, : layout.codes_nbytes], _pack(codes, layout.bits))
     if outlier_index is not None:
         outliers_end = layout.outliers_offset + 2 * layout.outliers
         bits_TK = _bf16_bits(x_TH.index_select(1, outlier_index))
-        packet_TB[:, layout.outliers_offset : outliers_end] = bits_TK.view(torch.uint8)
+        _write(packet_TB[:, layout.outliers_offset : outliers_end], bits_TK)
 
 
 def decode(
@@ -208,8 +208,14 @@ def _one_nan(values: Tensor) -> Tensor:
     return torch.where(torch.isnan(values), torch.nan, values)
 
 
+def _write(section: Tensor, values: Tensor) -> None:
+    """Put the bytes of `values` into a section of a packet. `view` refuses the strides of an empty section."""
+    if section.numel():
+        section.copy_(values.contiguous().view(torch.uint8))
+
+
 def _reread(as_bytes: Tensor, dtype: torch.dtype) -> Tensor:
     """The bytes of each row as elements of `dtype`. A copy, since a view may start at an unaligned address."""
-    if as_bytes.shape[1] == 0:  # an empty section has strides that `view` refuses
+    if as_bytes.shape[1] == 0:
         return as_bytes.new_empty(as_bytes.shape, dtype=dtype)
     return as_bytes.clone(memory_format=torch.contiguous_format).view(dtype)
