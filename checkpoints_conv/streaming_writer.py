@@ -1,0 +1,82 @@
+"""StreamingSafetensorsWriter: writes a .safetensors file piece by piece while computing its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from megatron_lowbit.checkpoint.manifest import FileRecord
+
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+HEADER_ALIGNMENT = 8
+
+
+class StreamingSafetensorsWriter:
+    """Tensors of one dtype, their shapes known from the start, appended in that order in pieces of any size.
+
+    Memory is that of the piece at hand. A context manager: leaving it closes the file, `finish` completes it.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._numels = [(name, math.prod(shape)) for name, shape in shapes.items()]
+        self._position, self._written = 0, 0
+        self._digest = hashlib.sha256()
+        self._nbytes = 0
+        self._file = path.open("xb")
+        self._emit(_header(shapes, dtype))
+
+    def __enter__(self) -> StreamingSafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, name: str, piece: torch.Tensor) -> None:
+        """The next values of tensor `name` in row-major order."""
+        assert piece.dtype == self._dtype, (name, piece.dtype)
+        self._skip_complete()
+        if piece.numel() == 0:
+            return
+        assert self._numels[self._position][0] == name, (name, self._numels[self._position])
+        self._written += piece.numel()
+        assert self._written <= self._numels[self._position][1], name
+        self._emit(piece.contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def finish(self) -> FileRecord:
+        """Size and sum of the complete file, which is on disk when this returns."""
+        self._skip_complete()
+        assert self._position == len(self._numels), self._numels[self._position]
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return FileRecord(self._digest.hexdigest(), self._nbytes)
+
+    def _skip_complete(self) -> None:
+        while self._position < len(self._numels) and self._written == self._numels[self._position][1]:
+            self._position, self._written = self._position + 1, 0
+
+    def _emit(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+        self._nbytes += len(data)
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
