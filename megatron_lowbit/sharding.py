@@ -1,7 +1,8 @@
-"""ShardRule: which part of a full tensor a tensor-parallel rank holds. Data on a parameter, read by loader and converter."""
+"""ShardRule: which part of a full tensor a tensor-parallel rank holds. Data, read by loader and converter."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -14,7 +15,7 @@ def cut_evenly(count: int, size: int) -> list[tuple[int, int]]:
     bounds = [0]
     for part in range(size):
         bounds.append(bounds[-1] + base + (1 if part < extra else 0))
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_lowbit.config import ModelConfig, RopeScaling
 from megatron_lowbit.sharding import ShardRule, TensorSource
 
-MODEL_TYPES = ("llama", "mistral")
+MODEL_TYPES: tuple[str, ...] = ("llama", "mistral")
 
 
 def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:

@@ -1,0 +1,129 @@
+"""CommCalibration: one file of statistics for all sync points of one model at one tensor-parallel size."""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+FORMAT = "megatron-lowbit-calibration"
+VERSION = 1
+STATISTICS = ("partial_min", "partial_max", "sum_min", "sum_max")
+
+
+@dataclass(frozen=True)
+class SyncPointStatistics:
+    """Ranges seen at one sync point, FP32: of each rank's partial `[R, H]` and of their sum `[H]`."""
+
+    partial_min: torch.Tensor
+    partial_max: torch.Tensor
+    sum_min: torch.Tensor
+    sum_max: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CommCalibration:
+    """Statistics by sync point name, and what they belong to.
+
+    fingerprint: `checkpoint.fingerprint` of the model. The file holds statistics, not a scheme's constants, so that
+    new schemes can use old files.
+    """
+
+    fingerprint: str
+    tp: int
+    hidden: int
+    sequences: int
+    length: int
+    text_sha256: str
+    sync_points: dict[str, SyncPointStatistics]
+
+    def save(self, path: Path) -> None:
+        """Writes beside `path`, then renames: an interrupted run leaves no half file."""
+        tensors = {
+            f"{name}.{statistic}": getattr(point, statistic).contiguous()
+            for name, point in self.sync_points.items()
+            for statistic in STATISTICS
+        }
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "fingerprint": self.fingerprint,
+            "tp": str(self.tp),
+            "hidden": str(self.hidden),
+            "sequences": str(self.sequences),
+            "length": str(self.length),
+            "text_sha256": self.text_sha256,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, temporary, metadata)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> CommCalibration:
+        """Raises FileNotFoundError or ValueError that says what is wrong with the file and how to make a new one."""
+        if not path.is_file():
+            raise FileNotFoundError(f"calibration file {path} not found; make it with `megatron-lowbit calibrate`")
+        again = "run `megatron-lowbit calibrate` again"
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path} is not a calibration file (format {metadata.get('format')!r}); {again}")
+                if metadata.get("version") != str(VERSION):
+                    raise ValueError(
+                        f"calibration {path} has version {metadata.get('version')!r}, this program reads version "
+                        f"{VERSION}; {again}"
+                    )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, struct.error) as error:
+            raise ValueError(f"calibration {path} is damaged ({error}); {again}") from error
+        tp, hidden = int(metadata["tp"]), int(metadata["hidden"])
+        expected = {
+            "partial_min": (tp, hidden),
+            "partial_max": (tp, hidden),
+            "sum_min": (hidden,),
+            "sum_max": (hidden,),
+        }
+        points: dict[str, dict[str, torch.Tensor]] = {}
+        for full_name, tensor in tensors.items():
+            name, _, statistic = full_name.rpartition(".")
+            if tuple(tensor.shape) != expected.get(statistic) or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"calibration {path}: {full_name} is {tensor.dtype} {tuple(tensor.shape)}, expected float32 "
+                    f"{expected.get(statistic, 'nothing of that name')}; {again}"
+                )
+            points.setdefault(name, {})[statistic] = tensor
+        incomplete = [name for name, statistics in points.items() if set(statistics) != set(STATISTICS)]
+        if incomplete or not points:
+            raise ValueError(f"calibration {path} lacks statistics of {incomplete or 'every sync point'}; {again}")
+        return cls(
+            fingerprint=metadata["fingerprint"],
+            tp=tp,
+            hidden=hidden,
+            sequences=int(metadata["sequences"]),
+            length=int(metadata["length"]),
+            text_sha256=metadata["text_sha256"],
+            sync_points={name: SyncPointStatistics(**statistics) for name, statistics in points.items()},
+        )
+
+    def check_fits(self, fingerprint: str, tp: int, where: str) -> None:
+        """Raises ValueError where the statistics are of another model or tensor-parallel size."""
+        if self.fingerprint != fingerprint:
+            raise ValueError(
+                f"calibration {where} belongs to another model (fingerprint {self.fingerprint[:12]}, this model has "
+                f"{fingerprint[:12]}); calibrate this model with `megatron-lowbit calibrate`"
+            )
+        if self.tp != tp:
+            raise ValueError(
+                f"calibration {where} was made for {self.tp} tensor-parallel ranks, this run has {tp}; "
+                f"calibrate with `megatron-lowbit calibrate … --tp {tp}` (or --virtual-tp {tp})"
+            )

@@ -1,0 +1,164 @@
+"""evaluate: what schemes do to a model's predictions on text, against the exact sum, window by window in one run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
+from megatron_lowbit.comm.two_stage import GATHER, REDUCE
+from megatron_lowbit.layers.kv_cache import TokenBatch
+from megatron_lowbit.models.decoder import Decoder
+from megatron_lowbit.parallel import ParallelContext
+from megatron_lowbit.vocab_parallel import log_normaliser, sum_over_ranks, top_candidates
+from megatron_lowbit.weights import ModelWeights
+
+# Shapes: T tokens of a window, V' this rank's part of the vocabulary.
+
+PURPOSE = "evaluation"
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """Quality and cost of one scheme; `kl_mean` in nats a token against `exact` of the same weights and dtype.
+
+    Bits are those on the wire, padding included. sent_nbytes_per_token_per_rank: at all sync points, mean over ranks.
+    kl_stderr: standard error over windows. Speed counts forward passes without the output head.
+    """
+
+    scheme: str
+    stages: int
+    reduce_bits_per_value: float
+    gather_bits_per_value: float | None
+    sent_nbytes_per_token_per_rank: float
+    perplexity: float
+    perplexity_ratio: float
+    kl_mean: float
+    kl_stderr: float
+    top1_agreement: float
+    tokens: int
+    prefill_tokens_per_s: float
+
+
+@dataclass
+class _Tally:
+    nll: float = 0.0
+    agreed: int = 0
+    scored: int = 0
+    kl_of_windows: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    sent_nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """Log-probabilities `[T-1, V']` of this rank's tokens, best token of each position, log-probability of targets."""
+
+    log_probs: torch.Tensor
+    best: torch.Tensor
+    target_log_prob: torch.Tensor
+
+
+def evaluate(
+    weights: ModelWeights,
+    schemes: Sequence[str | CommScheme],
+    windows: Sequence[Sequence[int]],
+    calibration: CommCalibration | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    backend: str = "auto",
+) -> list[EvaluationRow]:
+    """One row a scheme, in the order given; the same rows on every rank.
+
+    windows: token ids, all of one length; every position from 1 on is scored. Schemes run one after the other on each
+    window, so that their timings are taken side by side. progress: called with (done, total) forward passes.
+    Raises ValueError for an unknown scheme or a calibration that is missing or does not fit.
+    """
+    context = weights.context
+    parsed = [parse_scheme(scheme) if isinstance(scheme, str) else scheme for scheme in schemes]
+    exact = parse_scheme("exact")
+    # `exact` is always run first: it is the reference, whether a row was asked for or not
+    runs = [exact, *(scheme for scheme in parsed if scheme.name != exact.name)]
+    models = {scheme.name: weights.build_with_scheme(scheme, calibration, backend) for scheme in runs}
+    tallies = {scheme.name: _Tally() for scheme in runs}
+    warm_up = TokenBatch.prompts([windows[0]], context.device)
+    for model in models.values():
+        model(warm_up)
+    done = 0
+    for window in windows:
+        reference: _Predictions | None = None
+        for scheme in runs:
+            tally = tallies[scheme.name]
+            predictions = _run_window(models[scheme.name], window, tally)
+            reference = reference or predictions
+            _score(context, reference, predictions, tally)
+            done += 1
+            if progress is not None:
+                progress(done, len(runs) * len(windows))
+    base = tallies[exact.name]
+    tokens = sum(len(window) for window in windows)
+    return [_row(weights, scheme, tallies[scheme.name], base, tokens) for scheme in parsed]
+
+
+def _run_window(model: Decoder, window: Sequence[int], tally: _Tally) -> _Predictions:
+    context, head = model.context, model.head
+    context.traffic.reset()
+    context.barrier()
+    began = time.perf_counter()
+    hidden_TH = model(TokenBatch.prompts([window], context.device))
+    if context.device.type == "cuda":
+        torch.cuda.synchronize(context.device)
+    tally.seconds.append(time.perf_counter() - began)
+    tally.sent_nbytes += sum(context.traffic.sent_nbytes.get(stage, 0) for stage in (REDUCE, GATHER))
+    logits_TV = head.precise_logits(hidden_TH[:-1])
+    log_probs = logits_TV.sub_(log_normaliser(context, logits_TV, PURPOSE)[:, None])
+    best = top_candidates(context, log_probs, head.start, 1, PURPOSE)[1][:, 0]
+    targets = torch.tensor(window[1:], device=context.device) - head.start
+    here = (targets >= 0) & (targets < log_probs.shape[1])
+    target_log_prob = log_probs.new_zeros(len(targets))
+    target_log_prob[here] = log_probs[here, targets[here]]
+    return _Predictions(log_probs, best, sum_over_ranks(context, target_log_prob, PURPOSE))
+
+
+def _score(context: ParallelContext, reference: _Predictions, predictions: _Predictions, tally: _Tally) -> None:
+    tally.scored += len(predictions.best)
+    tally.nll -= float(predictions.target_log_prob.double().sum())
+    tally.agreed += int((predictions.best == reference.best).sum())
+    if predictions is reference:
+        tally.kl_of_windows.append(0.0)
+        return
+    kl = torch.zeros(len(predictions.best), dtype=torch.float64, device=context.device)
+    # in blocks of rows: the temporaries of a whole window would be several times its logits
+    for start in range(0, len(kl), 64):
+        rows = slice(start, start + 64)
+        expected = reference.log_probs[rows]
+        kl[rows] = (expected.exp() * (expected - predictions.log_probs[rows])).sum(dim=-1, dtype=torch.float64)
+    tally.kl_of_windows.append(float(sum_over_ranks(context, kl, PURPOSE).mean()))
+
+
+def _row(weights: ModelWeights, scheme: CommScheme, tally: _Tally, base: _Tally, tokens: int) -> EvaluationRow:
+    context, hidden = weights.context, weights.config.hidden_size
+    wire = scheme.for_dtype(weights.dtype)
+    sent = sum(context.all_gather_json(tally.sent_nbytes)) if not context.virtual else tally.sent_nbytes
+    slowest = [max(column) for column in zip(*context.all_gather_json(tally.seconds), strict=True)]
+    count = len(tally.kl_of_windows)
+    mean = math.fsum(tally.kl_of_windows) / count
+    variance = math.fsum((kl - mean) ** 2 for kl in tally.kl_of_windows) / max(count - 1, 1)
+    return EvaluationRow(
+        scheme=scheme.name,
+        stages=scheme.stages,
+        reduce_bits_per_value=wire.reduce_stage.wire_bits_per_value(hidden),
+        gather_bits_per_value=wire.gather_stage.wire_bits_per_value(hidden) if wire.gather_stage else None,
+        sent_nbytes_per_token_per_rank=sent / context.size / tokens,
+        perplexity=math.exp(tally.nll / tally.scored),
+        perplexity_ratio=math.exp((tally.nll - base.nll) / tally.scored),
+        kl_mean=mean,
+        kl_stderr=math.sqrt(variance / count),
+        top1_agreement=tally.agreed / tally.scored,
+        tokens=tally.scored,
+        prefill_tokens_per_s=tokens / count / sorted(slowest)[count // 2],
+    )

@@ -1,0 +1,1 @@
+"""Building blocks of the transformer; each knows how its weights are cut over tensor-parallel ranks."""

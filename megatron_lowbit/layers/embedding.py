@@ -1,0 +1,66 @@
+"""Vocabulary-parallel embedding and output head: each rank holds a contiguous part of the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from megatron_lowbit.layers.sharded import ShardedModule
+from megatron_lowbit.parallel import ParallelContext
+from megatron_lowbit.sharding import TensorSource
+
+# Shapes: T tokens, N rows, H hidden features, V vocabulary (V' this rank's part).
+
+EMBEDDING = "embedding"
+_HEAD_BLOCK = 8192
+
+
+class VocabParallelEmbedding(ShardedModule):
+    """Rows of token vectors. Every rank knows who holds which token, so holders send their rows and nothing is summed:
+    half the bytes of an all-reduce, and exact."""
+
+    weight: torch.Tensor
+
+    def __init__(self, context: ParallelContext, source: TensorSource, dtype: torch.dtype) -> None:
+        super().__init__(context)
+        self.add_parameter("weight", dtype, source)
+        ranks = 1 if context.virtual else context.size
+        self._spans = [source.rule.span(rank, ranks) for rank in range(ranks)]
+
+    def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        """`[T, H]` in the model's dtype, the same on all ranks."""
+        if len(self._spans) == 1:
+            return F.embedding(tokens_T, self.weight)
+        held_by = [((tokens_T >= start) & (tokens_T < stop)).nonzero().flatten() for start, stop in self._spans]
+        rank = self.context.rank
+        mine = F.embedding(tokens_T[held_by[rank]] - self._spans[rank][0], self.weight)
+        rows = {
+            peer: mine.new_empty(index.numel(), mine.shape[1]) for peer, index in enumerate(held_by) if peer != rank
+        }
+        self.context.exchange(dict.fromkeys(rows, mine), rows, EMBEDDING)
+        out_TH = mine.new_empty(tokens_T.shape[0], mine.shape[1])
+        for peer, index in enumerate(held_by):
+            out_TH[index] = mine if peer == rank else rows[peer]
+        return out_TH
+
+
+class VocabParallelHead:
+    """Projects hidden states to this rank's part of the vocabulary; `weight` may be the embedding's (tied)."""
+
+    def __init__(self, context: ParallelContext, weight: torch.Tensor, source: TensorSource) -> None:
+        self.weight = weight
+        self.vocab_size = source.shape[0]
+        self.start = source.rule.span(*context.shard)[0]
+
+    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """FP32 `[N, V']` of one product in the model's dtype: what generation samples from."""
+        return F.linear(hidden_NH, self.weight).float()
+
+    def precise_logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """FP32 `[N, V']` computed in FP32, so that bf16 rounding of logits does not hide small differences.
+
+        The weight is widened block by block: memory stays bounded for large vocabularies.
+        """
+        hidden = hidden_NH.float()
+        blocks = [F.linear(hidden, block.float()) for block in self.weight.split(_HEAD_BLOCK)]
+        return torch.cat(blocks, dim=-1) if blocks else hidden.new_empty(hidden.shape[0], 0)

@@ -1,0 +1,116 @@
+"""Decoder: embedding, layers, final norm and head of a decoder-only transformer, tensor-parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from megatron_lowbit.comm.all_reduce import AllReduce
+from megatron_lowbit.comm.sync_point import SyncPoint
+from megatron_lowbit.config import ModelConfig
+from megatron_lowbit.layers.attention import Attention
+from megatron_lowbit.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from megatron_lowbit.layers.kv_cache import KVCache, TokenBatch
+from megatron_lowbit.layers.linear import Tensors
+from megatron_lowbit.layers.mlp import SwiGLU
+from megatron_lowbit.layers.norm import RMSNorm
+from megatron_lowbit.layers.rotary import Rotary
+from megatron_lowbit.layers.sharded import ShardedModule
+from megatron_lowbit.models.registry import tensor_sources
+from megatron_lowbit.parallel import ParallelContext
+
+# Shapes: T tokens of all sequences, H hidden features.
+
+#: The collective of the sync point with this name.
+AllReduceFactory = Callable[[str], AllReduce]
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward block, each behind a norm and ending at a sync point."""
+
+    def __init__(
+        self, context: ParallelContext, config: ModelConfig, tensors: Tensors, layer: int, dtype: torch.dtype,
+        all_reduce: AllReduceFactory,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        prefix = f"model.layers.{layer}"
+        self.input_layernorm = RMSNorm(context, tensors[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(
+            context, tensors[f"{prefix}.post_attention_layernorm.weight"], config.rms_norm_eps, dtype
+        )
+
+        def sync_point(path: str) -> SyncPoint:
+            name = f"layers.{layer}.{path}"
+            return SyncPoint(name, all_reduce(name))
+
+        self.self_attn = Attention(
+            context, config, tensors, f"{prefix}.self_attn", dtype, sync_point("self_attn.o_proj")
+        )
+        self.mlp = SwiGLU(context, tensors, f"{prefix}.mlp", dtype, sync_point("mlp.down_proj"))
+
+    def forward(
+        self,
+        residual_TH: torch.Tensor,
+        rotary_tables: tuple[torch.Tensor, torch.Tensor],
+        batch: TokenBatch,
+        layer_cache: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        residual_TH = self.self_attn(self.input_layernorm(residual_TH), residual_TH, rotary_tables, batch, layer_cache)
+        return self.mlp(self.post_attention_layernorm(residual_TH), residual_TH)
+
+
+class Decoder(nn.Module):
+    """The model of one process. Weights and activations have `dtype`, the residual stream is FP32.
+
+    all_reduce: gives the collective of each sync point when the model is built; nothing chooses one later.
+    """
+
+    def __init__(
+        self, context: ParallelContext, config: ModelConfig, dtype: torch.dtype, all_reduce: AllReduceFactory
+    ) -> None:
+        super().__init__()
+        tensors = tensor_sources(config)
+        self.config = config
+        self.context = context
+        self.dtype = dtype
+        self.embed_tokens = VocabParallelEmbedding(context, tensors["model.embed_tokens.weight"], dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(context, config, tensors, layer, dtype, all_reduce) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(context, tensors["model.norm.weight"], config.rms_norm_eps, dtype)
+        self.lm_head: ShardedModule | None = None
+        self._head_source = tensors["model.embed_tokens.weight"]
+        if not config.tie_embeddings:
+            self._head_source = tensors["lm_head.weight"]
+            self.lm_head = ShardedModule(context)
+            self.lm_head.add_parameter("weight", dtype, self._head_source)
+        self._rotary = Rotary(config, context.device)
+
+    @property
+    def head(self) -> VocabParallelHead:
+        """The output projection, with the embedding's weight where the two are tied."""
+        holder = self.embed_tokens if self.lm_head is None else self.lm_head
+        assert isinstance(holder.weight, torch.Tensor)
+        return VocabParallelHead(self.context, holder.weight, self._head_source)
+
+    def new_cache(self, sequences: int, capacity: int) -> KVCache:
+        attention = self.layers[0].self_attn
+        assert isinstance(attention, Attention)
+        return KVCache(
+            len(self.layers), sequences, attention.num_kv_heads, capacity, self.config.head_dim, self.dtype,
+            self.context.device,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def forward(self, batch: TokenBatch, cache: KVCache | None = None) -> torch.Tensor:
+        """Normed hidden states `[T, H]` in the model's dtype; with a cache, its keys and values grow by the batch."""
+        residual_TH = self.embed_tokens(batch.tokens_T).float()
+        tables = self._rotary.tables(batch.positions_T)
+        for index, layer in enumerate(self.layers):
+            layer_cache = None if cache is None else (cache.keys[index], cache.values[index])
+            residual_TH = layer(residual_TH, tables, batch, layer_cache)
+        if cache is not None:
+            cache.advance(batch)
+        return self.norm(residual_TH)

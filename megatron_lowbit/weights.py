@@ -1,0 +1,116 @@
+"""ModelWeights: this process's shards of a checkpoint, from which models with any scheme are built without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.calibration.outliers import sync_point_constants
+from megatron_lowbit.checkpoint.fingerprint import fingerprint
+from megatron_lowbit.checkpoint.open import open_checkpoint
+from megatron_lowbit.checkpoint.reader import CheckpointReader, check_complete
+from megatron_lowbit.checkpoint.tensor_parallel import TensorParallelCheckpoint
+from megatron_lowbit.comm.all_reduce import AllReduce, SingleRankAllReduce, build_all_reduce
+from megatron_lowbit.comm.schemes import CommScheme
+from megatron_lowbit.config import ModelConfig
+from megatron_lowbit.layers.sharded import assign_parameters, sharded_parameters
+from megatron_lowbit.models.decoder import AllReduceFactory, Decoder
+from megatron_lowbit.models.registry import tensor_sources
+from megatron_lowbit.parallel import ParallelContext
+from megatron_lowbit.sharding import TensorSource
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """Loaded tensors by parameter name. Several models (one a scheme) share them."""
+
+    config: ModelConfig
+    context: ParallelContext
+    dtype: torch.dtype
+    fingerprint: str
+    tensors: dict[str, torch.Tensor]
+
+    def build(self, all_reduce: AllReduceFactory) -> Decoder:
+        """A model over these weights whose sync points use the given collectives."""
+        model = Decoder(self.context, self.config, self.dtype, all_reduce)
+        assign_parameters(model, self.tensors)
+        return model
+
+    def build_with_scheme(
+        self, scheme: CommScheme, calibration: CommCalibration | None = None, backend: str = "auto"
+    ) -> Decoder:
+        """A model whose sync points all use `scheme`.
+
+        Raises ValueError where the scheme needs a calibration that is missing or of another model or size.
+        """
+        if self.context.size == 1:
+            return self.build(lambda name: SingleRankAllReduce())
+        if scheme.needs_calibration and calibration is not None:
+            calibration.check_fits(self.fingerprint, self.context.size, "file")
+        scheme = scheme.for_dtype(self.dtype)
+
+        def all_reduce(name: str) -> AllReduce:
+            constants = sync_point_constants(scheme, name, self.config.hidden_size, calibration, self.context.device)
+            return build_all_reduce(self.context, scheme, self.config.hidden_size, constants, backend)
+
+        return self.build(all_reduce)
+
+
+def load_weights(
+    path: Path,
+    context: ParallelContext,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ModelWeights:
+    """Reads what this rank holds from a converted checkpoint of any size, or a Hugging Face directory.
+
+    dtype: of weights and activations; by default FP32 for a checkpoint converted to FP32, else BF16.
+    progress: called with (done, total) tensors. A failure on one rank is raised on all of them (RankError).
+    """
+    problem = None
+    try:
+        reader = open_checkpoint(path)
+        weights = _read(reader, context, dtype, progress)
+    except (ValueError, FileNotFoundError) as error:
+        if context.group is None:
+            raise
+        problem = str(error)
+    context.agree(problem)
+    return weights
+
+
+def _read(
+    reader: CheckpointReader,
+    context: ParallelContext,
+    dtype: torch.dtype | None,
+    progress: Callable[[int, int], None] | None,
+) -> ModelWeights:
+    check_complete(reader, tensor_sources(reader.config))
+    if isinstance(reader, TensorParallelCheckpoint):
+        for name in reader.files_for_rank(*context.shard):
+            reader.verify_file(name)
+    if dtype is None:
+        stored = reader.dtype("model.embed_tokens.weight")
+        converted_fp32 = isinstance(reader, TensorParallelCheckpoint) and stored == torch.float32
+        dtype = torch.float32 if converted_fp32 else torch.bfloat16
+    skeleton = Decoder(context, reader.config, dtype, lambda name: SingleRankAllReduce())
+    parameters = list(sharded_parameters(skeleton))
+    tensors = {}
+    for done, (name, parameter, sources) in enumerate(parameters):
+        tensor = torch.cat([_shard(reader, source, context) for source in sources])
+        tensors[name] = tensor.to(device=context.device, dtype=parameter.dtype)
+        if progress is not None:
+            progress(done + 1, len(parameters))
+    return ModelWeights(reader.config, context, dtype, fingerprint(reader), tensors)
+
+
+def _shard(reader: CheckpointReader, source: TensorSource, context: ParallelContext) -> torch.Tensor:
+    if source.rule.dim is None:
+        return reader.read(source.name)
+    return reader.read_span(source.name, source.rule.dim, *source.rule.span(*context.shard))
