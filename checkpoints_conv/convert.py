@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from checkpoints_conv.gguf_reader import GGUFCheckpoint
+from checkpoints_conv.gguf_tokenizer import write_tokenizer
 from checkpoints_conv.staging import staged_directory
 from checkpoints_conv.streaming_writer import StreamingSafetensorsWriter
 from megatron_lowbit.checkpoint.manifest import DTYPES, MANIFEST_FILE, FileRecord, Manifest, Progress, sha256_of
@@ -90,6 +91,7 @@ def convert(
     total_nbytes = sum(_shard_nbytes(entry, rank, tp, dtype) for entry in sources.values() for rank in range(tp))
     _check_space(out, total_nbytes)
     with staged_directory(out) as staging:
+        companions = _write_companions(reader, staging)  # first: what can fail, fails before the long work
         files = _write_rank_files(reader, sources, staging, tp, dtype, total_nbytes, progress)
         ranks = tuple(
             RankSummary(
@@ -101,7 +103,7 @@ def convert(
             for rank, (name, record) in enumerate(files.items())
         )
         (staging / CONFIG_FILE).write_text(reader.config.to_json())
-        others = (CONFIG_FILE, *_write_companions(reader, staging))
+        others = (CONFIG_FILE, *companions)
         files |= {name: FileRecord(sha256_of(staging / name), (staging / name).stat().st_size) for name in others}
         # last, since a folder without it does not load
         manifest = Manifest(tp, dtype_name, source.resolve().name, files)
@@ -182,7 +184,8 @@ def _shard_nbytes(source: TensorSource, rank: int, tp: int, dtype: torch.dtype) 
 def _write_companions(reader: CheckpointReader, directory: Path) -> list[str]:
     """Tokenizer, generation settings and licence; names of what was written."""
     if isinstance(reader, GGUFCheckpoint):
-        return []
+        # a licence beside a lone file may be another file's, so none is taken along
+        return write_tokenizer(reader.path, directory)
     found = [reader.directory / name for name in COPIED_FILES]
     for pattern in COPIED_PATTERNS:
         found += sorted(reader.directory.glob(pattern))

@@ -47,6 +47,10 @@ def read_config(path: Path, header: GGUFHeader, family: GGUFFamily, rope_divisor
     hf: dict[str, Any] = {"model_type": family.model_type}
     for key, name in INTEGERS.items():
         hf[key] = _integer(path, metadata, name)
+    if hf["num_hidden_layers"] > len(header.tensors):
+        raise ValueError(
+            f"{path}: {hf['num_hidden_layers']} layers but {len(header.tensors)} tensors; download it again"
+        )
     if "token_embd.weight" not in header.tensors:
         raise ValueError(f"{path}: tensor token_embd.weight is missing; it is not the file of a whole model")
     hf["vocab_size"] = header.tensors["token_embd.weight"].shape[0]

@@ -28,6 +28,11 @@ def open_checkpoint(path: Path) -> CheckpointReader:
         raise ValueError(f"{path}: a file, expected the folder of a checkpoint; give the folder that holds config.json")
     if (path / MANIFEST_FILE).is_file():
         return TensorParallelCheckpoint(path)
+    if any(path.glob("rank-*-of-*.safetensors")):
+        raise FileNotFoundError(
+            f"{path / MANIFEST_FILE}: no such file beside the rank files; the conversion was cut off or the copy is "
+            "incomplete, convert or copy the checkpoint again"
+        )
     if (path / "config.json").is_file():
         return HuggingFaceCheckpoint(path)
     found = sorted(entry.name for entry in path.iterdir())
