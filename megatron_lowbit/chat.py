@@ -111,7 +111,7 @@ class _GuardedNamespace(Namespace):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name in dict(*args, **kwargs):
-            self._check(name)
+            _GuardedNamespace._check(name)
         super().__init__(*args, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
