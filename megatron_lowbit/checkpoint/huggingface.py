@@ -75,8 +75,9 @@ def _read_config(directory: Path) -> ModelConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a Hugging Face checkpoint keeps its shapes in config.json")
     data = read_json_object(path)
-    if data.get("quantization_config") is not None:
-        method = data["quantization_config"].get("quant_method", "unknown")
+    quantisation = data.get("quantization_config")
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise ValueError(
             f"{path}: the weights are quantised ({method!r}); use the unquantised checkpoint (bf16 or fp32)"
         )
@@ -84,7 +85,9 @@ def _read_config(directory: Path) -> ModelConfig:
     generation = directory / "generation_config.json"
     more = read_json_object(generation).get("eos_token_id") if generation.is_file() else None
     eos = more if isinstance(more, list) else [] if more is None else [more]
-    return replace(config, eos_token_ids=tuple(sorted({*config.eos_token_ids, *(int(token) for token in eos)})))
+    if not all(type(token) is int for token in eos):
+        raise ValueError(f"{generation}: eos_token_id is {more!r}, expected whole numbers; download the file again")
+    return replace(config, eos_token_ids=tuple(sorted({*config.eos_token_ids, *eos})))
 
 
 def _locate_tensors(directory: Path) -> dict[str, SafetensorsFile]:
