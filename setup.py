@@ -13,7 +13,7 @@ setup(
         Extension(
             "lowbit_kernels._codec",
             sources=["kernels/lowbit_kernels/csrc/codec.c"],
-            depends=["kernels/lowbit_kernels/csrc/rows.h"],
+            depends=[f"kernels/lowbit_kernels/csrc/{name}.h" for name in ("rows", "encode_rows", "decode_rows")],
             extra_compile_args=FLAGS,
             optional=True,  # without a compiler the install goes on, and the torch codec is used
         )

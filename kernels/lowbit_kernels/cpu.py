@@ -133,7 +133,7 @@ def _library() -> ctypes.CDLL:
         )
     library = ctypes.CDLL(str(found))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    # Pointers first demand their types here: a Python int would travel as a 32-bit int otherwise.
+    # Without types, a Python int would travel as a C int, which is too short for a pointer.
     library.lowbit_encode.argtypes = [
         *(pointer, pointer, integer, ctypes.c_int, integer, pointer, integer, pointer, pointer)
     ]
