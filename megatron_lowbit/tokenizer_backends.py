@@ -155,7 +155,7 @@ class SentencePieceBackend:
 
 
 class _PlainExceptionAsValueError:
-    """`tokenizers` raises the bare class Exception for a bad file. Only that class becomes ValueError."""
+    """`tokenizers` answers a bad file with the bare class Exception, or with a panic. Only these become ValueError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -165,7 +165,7 @@ class _PlainExceptionAsValueError:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is Exception:
+        if kind is Exception or (kind is not None and kind.__name__ == "PanicException"):
             raise ValueError(
                 f"{self._path} is not a readable tokenizer.json: {error}. Copy it again from the original checkpoint."
             ) from error

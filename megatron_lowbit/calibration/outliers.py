@@ -47,7 +47,17 @@ def sync_point_constants(
             f"the calibration knows no sync point {name!r} of {hidden} features (it has "
             f"{len(calibration.sync_points)} of {calibration.hidden}); calibrate this model again"
         )
-    point = calibration.sync_points[name]
+    return constants_from_statistics(scheme, name, calibration.sync_points[name]).to(device)
+
+
+def constants_from_statistics(scheme: CommScheme, name: str, point: SyncPointStatistics) -> SyncPointConstants:
+    """Index set and scales that `scheme` derives from the ranges of one sync point; none where it needs none.
+
+    name: seeds the random index set of baselines, which differs from sync point to sync point.
+    """
+    if not scheme.needs_calibration:
+        return NO_CONSTANTS
+    hidden = point.sum_min.shape[0]
     count = scheme.reduce_stage.outlier_count(hidden)
     outliers = body = None
     if count:
@@ -61,11 +71,11 @@ def sync_point_constants(
 
     def body_scale(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
         scale = bf16_scale(_largest(minimum, maximum))
-        return (scale if body is None else scale[..., body]).contiguous().to(device)
+        return (scale if body is None else scale[..., body]).contiguous()
 
     return SyncPointConstants(
-        body_index=None if body is None else body.to(device),
-        outlier_index=None if outliers is None else outliers.to(device),
+        body_index=body,
+        outlier_index=outliers,
         reduce_scale_RD=body_scale(point.partial_min, point.partial_max),
         gather_scale_1D=body_scale(point.sum_min, point.sum_max).unsqueeze(0),
     )

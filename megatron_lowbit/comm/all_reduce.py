@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from lowbit_kernels import get_backend
 
+from lowbit_kernels import get_backend
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.constants import SyncPointConstants
 from megatron_lowbit.comm.one_stage import OneStageAllReduce

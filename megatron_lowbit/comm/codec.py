@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lowbit_kernels import Backend
 
+from lowbit_kernels import Backend
 from megatron_lowbit.comm.wire_format import WireFormat
 
 # Shapes: T tokens, H hidden features, D body features, K outliers, R ranks, B bytes of a packet row.

@@ -32,5 +32,9 @@ class SyncPointConstants:
     reduce_scale_RD: torch.Tensor | None = None
     gather_scale_1D: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> SyncPointConstants:
+        """The same constants on another device."""
+        return SyncPointConstants(*(None if part is None else part.to(device) for part in vars(self).values()))
+
 
 NO_CONSTANTS = SyncPointConstants()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lowbit_kernels import reference as kernels
 
+from lowbit_kernels import reference as kernels
 from megatron_lowbit.comm.constants import SyncPointConstants
 from megatron_lowbit.comm.schemes import CommScheme
 from megatron_lowbit.comm.wire_format import WireFormat

@@ -48,4 +48,5 @@ def rotate(x_TND: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> to
     cos, sin = tables
     x = x_TND.float()
     first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin).to(x_TND.dtype)
+    # product and sum apart, as transformers computes it: at one rank our FP32 logits equal its logits bit for bit
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x_TND.dtype)

@@ -1,0 +1,1 @@
+"""One module a subcommand: its flags, and what it runs."""

@@ -1,0 +1,82 @@
+"""`eval`: quality, bytes and speed of schemes on text, one row each."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lowbit_tools import local_ranks, model_arguments, output
+from lowbit_tools.demo_text import demo_text
+from megatron_lowbit.comm.schemes import parse_scheme
+from megatron_lowbit.evaluate import evaluate
+from megatron_lowbit.text_windows import text_windows
+
+NAME = "eval"
+HELP = "Measure what schemes do to a model's predictions on text."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model_arguments.add_arguments(parser)
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (default: prose of Python's own manual)")
+    parser.add_argument(
+        "--schemes", required=True, help="comma-separated, e.g. bf16,int4-outlier,int4-outlier:one-stage"
+    )
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="from `megatron-lowbit calibrate`")
+    parser.add_argument("--windows", type=int, default=32, metavar="N", help="windows at most (default: 32)")
+    parser.add_argument("--length", type=int, default=512, metavar="T", help="tokens a window (default: 512)")
+
+
+def run(args: argparse.Namespace) -> None:
+    schemes = [parse_scheme(name.strip()) for name in args.schemes.split(",")]
+    context = local_ranks.context_of(args)
+    weights, tokenizer = model_arguments.load(args, context)
+    calibration = model_arguments.load_calibration(args.calibration, context)
+    text = local_ranks.together(context, lambda: model_arguments.read_text(args.text) if args.text else demo_text()[1])
+    what = str(args.text or "the built-in text")
+    windows = local_ranks.together(context, lambda: text_windows(tokenizer, text, args.windows, args.length, 1, what))
+    context.agree_same([args.schemes, args.windows, args.length, len(text)], "the evaluation")
+    with output.progress_bar("evaluating (passes)", context) as progress:
+        rows = [asdict(row) for row in evaluate(weights, schemes, windows, calibration, progress, args.backend)]
+    facts = output.conditions(
+        context, model=str(args.model), dtype=model_arguments.dtype_name(weights), text=what, windows=len(windows),
+        length=args.length, hidden=weights.config.hidden_size,
+        calibration_sequences=calibration.sequences if calibration else None,
+    )  # fmt: skip
+    output.console(context).print(quality_table(rows, facts))
+    output.write_json(args.json, context, facts, rows)
+    context.close()
+
+
+def quality_table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> Table:
+    """The table a user decides from, with its conditions below."""
+
+    def bits(row: Mapping[str, Any]) -> str:
+        gather = row["gather_bits_per_value"]
+        return f"{row['reduce_bits_per_value']:.2f} / " + ("-" if gather is None else f"{gather:.2f}")
+
+    columns = {
+        "scheme": lambda row: row["scheme"],
+        "bits/value\nreduce / gather": bits,
+        "bytes sent/token\nper rank": lambda row: f"{row['sent_nbytes_per_token_per_rank']:,.0f}",
+        "perplexity": lambda row: f"{row['perplexity']:.2f}",
+        "to exact": lambda row: f"{100 * (row['perplexity_ratio'] - 1):+.1f} %",
+        "KL (nats/token)": lambda row: f"{row['kl_mean']:.4f} ± {row['kl_stderr']:.4f}",
+        "top-1 agreement": lambda row: f"{100 * row['top1_agreement']:.1f} %",
+        "prefill tokens/s": lambda row: f"{row['prefill_tokens_per_s']:,.0f}",
+        **(
+            {"decode tokens/s": lambda row: f"{row['decode_tokens_per_s']:,.1f}"}
+            if rows and "decode_tokens_per_s" in rows[0]
+            else {}
+        ),
+    }
+    ranks = f"{facts['tp']} {'virtual ' if facts['virtual_ranks'] else ''}ranks"
+    caption = (
+        f"{facts['model']}, {facts['dtype']}, {ranks}, {facts['windows']} windows of {facts['length']} tokens of "
+        f"{facts['text']}; {facts['device']}, {facts['threads_per_rank']} thread(s) a rank, torch {facts['torch']}"
+    )
+    return output.table("Quality and cost against the exact sum", rows, columns, caption)

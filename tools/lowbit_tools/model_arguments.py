@@ -1,0 +1,57 @@
+"""Flags and steps that commands running a model share: MODEL, --dtype, --text, loading with a bar."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+
+from lowbit_tools import local_ranks
+from lowbit_tools.output import progress_bar
+from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.parallel import ParallelContext
+from megatron_lowbit.tokenizer import Tokenizer
+from megatron_lowbit.weights import DTYPES, ModelWeights, load_weights
+
+
+def add_arguments(parser: argparse.ArgumentParser, virtual: bool = True) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="converted checkpoint or Hugging Face directory")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="weights and activations (default: bf16, fp32 for a checkpoint in fp32)"
+    )
+    local_ranks.add_arguments(parser, virtual)
+    parser.add_argument(
+        "--backend", default="auto", choices=("auto", "torch", "cpu", "triton"),
+        help="codec implementation; all give the same bits (default: the fastest that runs)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write conditions and rows as JSON")
+
+
+def load(args: argparse.Namespace, context: ParallelContext) -> tuple[ModelWeights, Tokenizer]:
+    """Weights of this rank and the tokenizer; a failure on any rank is raised on all."""
+    tokenizer = local_ranks.together(context, functools.partial(Tokenizer.from_directory, args.model))
+    dtype = None if args.dtype is None else DTYPES[args.dtype]
+    with progress_bar(f"loading {args.model.name}", context) as progress:
+        return load_weights(args.model, context, dtype, progress), tokenizer
+
+
+def load_calibration(path: Path | None, context: ParallelContext) -> CommCalibration | None:
+    if path is None:
+        return None
+    return local_ranks.together(context, functools.partial(CommCalibration.load, path))
+
+
+def dtype_name(weights: ModelWeights) -> str:
+    return next(name for name, dtype in DTYPES.items() if dtype == weights.dtype)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; ValueError where it is something else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"text file {path} not found")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
+        ) from error
