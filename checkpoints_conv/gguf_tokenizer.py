@@ -126,9 +126,12 @@ def _byte_level_bpe(
         )
     pre = PRE_TOKENIZERS[name]
     merges = [merge.split(" ") for merge in metadata.get("tokenizer.ggml.merges") or []]
-    odd = next((merge for merge in merges if len(merge) != 2), None)
-    if odd is not None:
-        raise ValueError(f"{path}: merge {' '.join(odd)!r} is not two tokens with one space between them.")
+    known = set(tokens)
+    for merge in merges:
+        if len(merge) != 2:
+            raise ValueError(f"{path}: merge {' '.join(merge)!r} is not two tokens with one space between them.")
+        if "".join(merge) not in known:
+            raise ValueError(f"{path}: merge {' '.join(merge)!r} makes {''.join(merge)!r}, which is no token.")
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", pre.adds_bos)) and named["bos"] is not None
     text = tokenizer_json(pre, tokens, types, merges, named["bos"] if adds_bos else None)
     tokenizers.Tokenizer.from_str(text)
@@ -161,7 +164,7 @@ def _sentencepiece(
 
 
 class _Refused:
-    """Turns the bare Exception of `tokenizers` and the RuntimeError of `sentencepiece` into a ValueError."""
+    """Turns the bare Exception (or panic) of `tokenizers` and the RuntimeError of `sentencepiece` into a ValueError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -171,7 +174,7 @@ class _Refused:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is Exception or kind is RuntimeError:
+        if kind is Exception or kind is RuntimeError or (kind is not None and kind.__name__ == "PanicException"):
             raise ValueError(
                 f"{self._path}: the tokenizer contradicts itself: {error}. Copy the tokenizer files of the original "
                 "checkpoint instead."

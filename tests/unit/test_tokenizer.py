@@ -269,6 +269,13 @@ def test_corrupt_tokenizers(tmp_path, name, content):
         Tokenizer.from_directory(tmp_path)
 
 
+def test_a_tokenizer_json_that_contradicts_itself(tmp_path):
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}  # "ab" is no token: tokenizers panics
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    with pytest.raises(ValueError, match=r"not a readable tokenizer\.json"):
+        Tokenizer.from_directory(tmp_path)
+
+
 def test_cut_files(tmp_path, sentencepiece_directory):
     save_byte_level(tmp_path, bos=True)
     whole = (tmp_path / "tokenizer.json").read_bytes()
