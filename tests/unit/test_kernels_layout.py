@@ -5,6 +5,7 @@ import struct
 
 import pytest
 import torch
+
 from lowbit_kernels import PacketLayout, get_backend, reference
 
 NAN = math.nan

@@ -1,0 +1,23 @@
+"""The codec in Triton, for CUDA tensors, or for CPU tensors under Triton's interpreter. Importing it imports Triton."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from lowbit_kernels.decode import decode
+from lowbit_kernels.decode_sum import decode_sum
+from lowbit_kernels.encode import encode
+
+__all__ = ["decode", "decode_sum", "encode", "name", "why_missing"]
+
+name = "triton"
+
+
+def why_missing(device: torch.device) -> str:
+    """An empty string where this backend can serve `device`, else the reason, with the way out."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda" or (device.type == "cpu" and interpreted):
+        return ""
+    return "it takes CUDA tensors, or tensors on a CPU with TRITON_INTERPRET=1 set before Triton is imported (slow)"
