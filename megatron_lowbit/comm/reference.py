@@ -36,6 +36,6 @@ def all_reduce(partials: Sequence[torch.Tensor], scheme: CommScheme, constants: 
         sum_TH = received_TH if sum_TH is None else sum_TH + received_TH
     assert sum_TH is not None
     if scheme.gather_stage is None:
-        return sum_TH
+        return torch.where(sum_TH.isnan(), torch.nan, sum_TH)  # Inf - Inf: one bit pattern for NaN, as in a packet
     scale_D = None if constants.gather_scale_1D is None else constants.gather_scale_1D[0]
     return quantise(sum_TH, scheme.gather_stage, constants, scale_D)
