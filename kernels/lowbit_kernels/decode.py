@@ -20,7 +20,7 @@ def decode(
     body_index: Tensor | None = None,
     outlier_index: Tensor | None = None,
 ) -> None:
-    """See `reference.decode`. Also ValueError for packet rows that do not start at multiples of 4 bytes."""
+    """See `reference.decode`. Also ValueError for packet rows that are not aligned for their widest values."""
     check_decode(packet_TB, layout, out_TH, scale, body_index, outlier_index)
     scale_RH = None if scale is None else scale.unsqueeze(0)
     decode_sum([packet_TB], layout, out_TH, scale_RH, body_index, outlier_index)

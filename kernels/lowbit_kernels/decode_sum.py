@@ -32,10 +32,10 @@ def decode_sum(
     body_index: Tensor | None = None,
     outlier_index: Tensor | None = None,
 ) -> None:
-    """See `reference.decode_sum`. Also ValueError for packet rows that do not start at multiples of 4 bytes."""
+    """See `reference.decode_sum`. Also ValueError for packet rows that are not aligned for their widest values."""
     packets = check_decode_sum(packets_RTB, layout, out_TH, scale_RH, body_index, outlier_index)
     for packet_TB in packets:
-        check_alignment(packet_TB)
+        check_alignment(packet_TB, layout)
     addresses = [packet_TB.data_ptr() for packet_TB in packets]
     distance = addresses[1] - addresses[0] if len(packets) > 1 else 0
     even = all(address - addresses[0] == r * distance for r, address in enumerate(addresses))

@@ -37,9 +37,9 @@ def encode(
     body_index: Tensor | None = None,
     outlier_index: Tensor | None = None,
 ) -> None:
-    """See `reference.encode`. Also ValueError for packet rows that do not start at multiples of 4 bytes."""
+    """See `reference.encode`. Also ValueError for packet rows that are not aligned for their widest values."""
     check_encode(x_TH, layout, packet_TB, inverse_scale, body_index, outlier_index)
-    check_alignment(packet_TB)
+    check_alignment(packet_TB, layout)
     tokens = x_TH.shape[0]
     if tokens == 0:
         return

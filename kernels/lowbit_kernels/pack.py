@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowbit_kernels.layout import PacketLayout
+
 ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds half to even
 ROUNDED_ZERO = tl.constexpr(0x4B400000)  # its bits
 EXPONENT = tl.constexpr(0x7F800000)
@@ -22,12 +24,13 @@ SCALE_FLOOR_BF16_BITS = tl.constexpr(0x0D80)  # 2^-100
 INVERSE_127_BITS = tl.constexpr(0x3C010204)  # 1/127 rounded to fp32
 
 
-def check_alignment(packet_TB: Tensor) -> None:
+def check_alignment(packet_TB: Tensor, layout: PacketLayout) -> None:
     """Raise ValueError where scales and outliers (16 bits) or values (32 bits) could not be loaded whole."""
-    if packet_TB.data_ptr() % 4 or packet_TB.stride(0) % 4:
+    needed = 4 if layout.bits == 32 else 2
+    if packet_TB.data_ptr() % needed or packet_TB.stride(0) % needed:
         raise ValueError(
             f"packet rows start at address {packet_TB.data_ptr()} with {packet_TB.stride(0)} bytes between them; "
-            "the Triton codec needs multiples of 4, as rows of a fresh uint8 tensor have"
+            f"the Triton codec needs multiples of {needed}, as rows of a fresh uint8 tensor have"
         )
 
 

@@ -54,5 +54,5 @@ class WireFormat:
         return (layout.body * self.bits + 16 * layout.groups + 16 * layout.outliers) / hidden
 
     def wire_bits_per_value(self, hidden: int) -> float:
-        """Bits that really travel: rows are padded to multiples of 4 bytes. The same for any token count."""
+        """Bits that really travel: rows are whole multiples of 2 bytes. The same for any token count."""
         return self.packet_layout(hidden).wire_bits_per_value

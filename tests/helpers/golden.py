@@ -4,7 +4,7 @@ A packet is uint8 `[T, B]`, one row a token:
 
     [ codes | scales bf16 | outliers bf16 | zero padding ]     little endian
 
-The scales begin at the next multiple of 2 behind the codes, a row is as long as the next multiple of 4. Body features
+The scales begin at the next multiple of 2 behind the codes, rows are whole multiples of 2. Body features
 (all but the outliers) come in ascending order; 4-bit value 2j lies in the low nibble of byte j, 2j+1 in the high one.
 
 Legend: T tokens, H hidden features, K outliers, R ranks, B bytes of a row.
@@ -38,7 +38,7 @@ def row_nbytes(wire: Format, hidden: int) -> int:
     codes += codes % 2
     scales = 2 * -(-body // wire.group) if wire.group else 0
     used = codes + scales + 2 * wire.outliers
-    return used + -used % 4
+    return used + -used % 2
 
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:
