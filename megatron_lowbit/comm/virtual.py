@@ -30,7 +30,8 @@ class VirtualAllReduce:
         sum_TH = self._reduce_codec.decode_sum(packets)
         row_nbytes = self._reduce_codec.layout.row_nbytes
         if self._gather_codec is None:
-            self._traffic.add(REDUCE, ranks * (ranks - 1) * tokens * row_nbytes, ranks * (ranks - 1))
+            senders = ranks if tokens else 0  # empty messages are not sent
+            self._traffic.add(REDUCE, senders * (ranks - 1) * tokens * row_nbytes, senders * (ranks - 1))
             return sum_TH
         packet_TB = self._gather_codec.encode(sum_TH, sender=0)
         owners = min(ranks, tokens)

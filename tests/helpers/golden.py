@@ -2,10 +2,10 @@
 
 A packet is uint8 `[T, B]`, one row a token:
 
-    [ codes | scales bf16 | outliers bf16 | zero padding ]     little endian
+    [ codes | scales bf16 | outliers bf16 ]     little endian
 
-The scales begin at the next multiple of 2 behind the codes, rows are whole multiples of 2. Body features
-(all but the outliers) come in ascending order; 4-bit value 2j lies in the low nibble of byte j, 2j+1 in the high one.
+The scales begin at the next multiple of 2 behind the codes, so a row is a whole multiple of 2. Body features (all but
+the outliers) come in ascending order; 4-bit value 2j lies in the low nibble of byte j, 2j+1 in the high one.
 
 Legend: T tokens, H hidden features, K outliers, R ranks, B bytes of a row.
 """
@@ -37,8 +37,7 @@ def row_nbytes(wire: Format, hidden: int) -> int:
     codes = -(-body * wire.bits // 8)
     codes += codes % 2
     scales = 2 * -(-body // wire.group) if wire.group else 0
-    used = codes + scales + 2 * wire.outliers
-    return used + -used % 2
+    return codes + scales + 2 * wire.outliers
 
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:

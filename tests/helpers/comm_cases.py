@@ -1,0 +1,76 @@
+"""Cases of the collectives, run on every rank of a RankGroup."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from helpers.messages import digest, draw_message
+from torch.distributed import distributed_c10d
+
+from megatron_lowbit.comm.all_reduce import build_all_reduce
+from megatron_lowbit.parallel import ParallelContext
+
+#: Whatever else could carry bytes: the tests count messages, so these must not be used unseen.
+_OTHER_WAYS = (
+    "send", "recv", "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "gather", "scatter",
+    "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "all_gather_object",
+    "broadcast_object_list", "barrier",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def counted_sends() -> Iterator[dict[str, int]]:
+    """Counts bytes and messages where torch takes them, below everything of ours."""
+    count = {"nbytes": 0, "messages": 0}
+    isend = distributed_c10d.isend
+
+    def counting(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        count["nbytes"] += tensor.numel() * tensor.element_size()
+        count["messages"] += 1
+        return isend(tensor, *arguments, **named)
+
+    def refuse(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("a collective of torch was called that these tests do not count")
+
+    originals = {name: getattr(dist, name) for name in _OTHER_WAYS}
+    dist.isend = distributed_c10d.isend = counting
+    for name in _OTHER_WAYS:
+        setattr(dist, name, refuse)
+    try:
+        yield count
+    finally:
+        dist.isend = distributed_c10d.isend = isend
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def messages(context: ParallelContext, seeds: list[int], backends: list[str]) -> dict[str, Any]:
+    """Result digest, places that are not finite, and traffic of each message; backends may differ between ranks."""
+    rows = []
+    for seed in seeds:
+        message = draw_message(seed, context.size)
+        backend = backends[(seed + context.rank) % len(backends)]
+        hidden = message.partials[0].shape[1]
+        all_reduce = build_all_reduce(context, message.scheme, hidden, message.constants, backend)
+        mine = message.partials[context.rank]
+        untouched = mine.clone()
+        context.traffic.reset()
+        with counted_sends() as count:
+            full_TH = all_reduce(mine.unsqueeze(0))
+        rows.append(
+            {
+                "digest": digest(full_TH),
+                "shape": list(full_TH.shape),
+                "dtype": str(full_TH.dtype),
+                "not_finite": (~full_TH.isfinite()).flatten().nonzero().flatten().tolist(),
+                "partial_kept": digest(mine) == digest(untouched),
+                "traffic": dict(context.traffic.sent_nbytes),
+                "messages": dict(context.traffic.messages),
+                "counted": dict(count),
+            }
+        )
+    return {"rows": rows}
