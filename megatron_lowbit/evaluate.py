@@ -14,13 +14,14 @@ from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.comm.two_stage import GATHER, REDUCE
 from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.models.decoder import Decoder
-from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.vocab_parallel import log_normaliser, sum_over_ranks, top_candidates
 from megatron_lowbit.weights import ModelWeights
 
 # Shapes: T tokens of a window, V' this rank's part of the vocabulary.
 
 PURPOSE = "evaluation"
+#: logits are compared in blocks of rows that stay in a cache
+ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ class _Tally:
 
 
 @dataclass(frozen=True)
-class _Predictions:
-    """Log-probabilities `[T-1, V']` of this rank's tokens, best token of each position, log-probability of targets."""
+class _Reference:
+    """What the exact sum predicts: log-probabilities and probabilities `[T-1, V']`, best token of each position."""
 
     log_probs: torch.Tensor
+    probs: torch.Tensor
     best: torch.Tensor
-    target_log_prob: torch.Tensor
 
 
 def evaluate(
@@ -90,12 +91,11 @@ def evaluate(
         model(warm_up)
     done = 0
     for window in windows:
-        reference: _Predictions | None = None
+        reference: _Reference | None = None
         for scheme in runs:
             tally = tallies[scheme.name]
-            predictions = _run_window(models[scheme.name], window, tally)
-            reference = reference or predictions
-            _score(context, reference, predictions, tally)
+            logits_TV = _logits(models[scheme.name], window, tally)
+            reference = _score(models[scheme.name], logits_TV, window, reference, tally)
             done += 1
             if progress is not None:
                 progress(done, len(runs) * len(windows))
@@ -104,8 +104,9 @@ def evaluate(
     return [_row(weights, scheme, tallies[scheme.name], base, tokens) for scheme in parsed]
 
 
-def _run_window(model: Decoder, window: Sequence[int], tally: _Tally) -> _Predictions:
-    context, head = model.context, model.head
+def _logits(model: Decoder, window: Sequence[int], tally: _Tally) -> torch.Tensor:
+    """FP32 logits `[T-1, V']` of all positions but the last; the tally gets time and bytes of the forward pass."""
+    context = model.context
     context.traffic.reset()
     context.barrier()
     began = time.perf_counter()
@@ -114,30 +115,39 @@ def _run_window(model: Decoder, window: Sequence[int], tally: _Tally) -> _Predic
         torch.cuda.synchronize(context.device)
     tally.seconds.append(time.perf_counter() - began)
     tally.sent_nbytes += sum(context.traffic.sent_nbytes.get(stage, 0) for stage in (REDUCE, GATHER))
-    logits_TV = head.precise_logits(hidden_TH[:-1])
+    return model.head.precise_logits(hidden_TH[:-1])
+
+
+def _score(
+    model: Decoder, logits_TV: torch.Tensor, window: Sequence[int], reference: _Reference | None, tally: _Tally
+) -> _Reference:
+    """Adds one window to the tally. The first scheme of a window becomes the reference of the others; returns it."""
+    context, first_token = model.context, model.head.start
     log_probs = logits_TV.sub_(log_normaliser(context, logits_TV, PURPOSE)[:, None])
-    best = top_candidates(context, log_probs, head.start, 1, PURPOSE)[1][:, 0]
-    targets = torch.tensor(window[1:], device=context.device) - head.start
+    best = top_candidates(context, log_probs, first_token, 1, PURPOSE)[1][:, 0]
+    targets = torch.tensor(window[1:], device=context.device) - first_token
     here = (targets >= 0) & (targets < log_probs.shape[1])
-    target_log_prob = log_probs.new_zeros(len(targets))
-    target_log_prob[here] = log_probs[here, targets[here]]
-    return _Predictions(log_probs, best, sum_over_ranks(context, target_log_prob, PURPOSE))
-
-
-def _score(context: ParallelContext, reference: _Predictions, predictions: _Predictions, tally: _Tally) -> None:
-    tally.scored += len(predictions.best)
-    tally.nll -= float(predictions.target_log_prob.double().sum())
-    tally.agreed += int((predictions.best == reference.best).sum())
-    if predictions is reference:
-        tally.kl_of_windows.append(0.0)
-        return
-    kl = torch.zeros(len(predictions.best), dtype=torch.float64, device=context.device)
-    # in blocks of rows: the temporaries of a whole window would be several times its logits
-    for start in range(0, len(kl), 64):
-        rows = slice(start, start + 64)
-        expected = reference.log_probs[rows]
-        kl[rows] = (expected.exp() * (expected - predictions.log_probs[rows])).sum(dim=-1, dtype=torch.float64)
-    tally.kl_of_windows.append(float(sum_over_ranks(context, kl, PURPOSE).mean()))
+    target_log_prob = log_probs.new_zeros(len(targets), dtype=torch.float64)
+    target_log_prob[here] = log_probs[here, targets[here]].double()
+    if reference is None:
+        reference = _Reference(log_probs, log_probs.exp(), best)
+        kl = torch.zeros_like(target_log_prob)
+    else:
+        kl = torch.cat(
+            [
+                torch.linalg.vecdot(probs, expected - found).double()
+                for probs, expected, found in zip(
+                    *(part.split(ROWS_AT_ONCE) for part in (reference.probs, reference.log_probs, log_probs)),
+                    strict=True,
+                )
+            ]
+        )
+    kl_sum, target_sum = sum_over_ranks(context, torch.stack((kl, target_log_prob)), PURPOSE).sum(dim=1).tolist()
+    tally.scored += len(targets)
+    tally.nll -= target_sum
+    tally.agreed += int((best == reference.best).sum())
+    tally.kl_of_windows.append(kl_sum / len(targets))
+    return reference
 
 
 def _row(weights: ModelWeights, scheme: CommScheme, tally: _Tally, base: _Tally, tokens: int) -> EvaluationRow:

@@ -8,12 +8,18 @@ from megatron_lowbit.parallel import ParallelContext
 
 # Shapes: N rows, V' this rank's part of the vocabulary (may be empty), K candidates, R ranks.
 
+_ROWS_AT_ONCE = 32
+
 
 def log_normaliser(context: ParallelContext, logits_NV: torch.Tensor, purpose: str) -> torch.Tensor:
     """`log sum exp` over the whole vocabulary, FP32 `[N]`; partial sums are added in rank order."""
+    if logits_NV.shape[1]:
+        # in blocks of rows: the temporaries of a whole window would leave every cache
+        local_N = torch.cat([rows.logsumexp(dim=-1) for rows in logits_NV.split(_ROWS_AT_ONCE)])
+    else:
+        local_N = logits_NV.new_full((len(logits_NV),), -torch.inf)
     if context.virtual or context.size == 1:
-        return logits_NV.logsumexp(dim=-1)
-    local_N = logits_NV.logsumexp(dim=-1) if logits_NV.shape[1] else logits_NV.new_full((len(logits_NV),), -torch.inf)
+        return local_N
     return context.all_gather(local_N, purpose).logsumexp(dim=0)
 
 

@@ -62,5 +62,7 @@ class VocabParallelHead:
         The weight is widened block by block: memory stays bounded for large vocabularies.
         """
         hidden = hidden_NH.float()
-        blocks = [F.linear(hidden, block.float()) for block in self.weight.split(_HEAD_BLOCK)]
-        return torch.cat(blocks, dim=-1) if blocks else hidden.new_empty(hidden.shape[0], 0)
+        out_NV = hidden.new_empty(hidden.shape[0], self.weight.shape[0])
+        for out, block in zip(out_NV.split(_HEAD_BLOCK, dim=1), self.weight.split(_HEAD_BLOCK), strict=True):
+            torch.mm(hidden, block.float().t(), out=out)
+        return out_NV
