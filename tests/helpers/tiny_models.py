@@ -14,14 +14,14 @@ _SHARED = dict(
 )  # fmt: skip
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    # 9 heads share 3 key-value heads of 8 features (not 66 / 9); ffn and vocabulary do not divide by anything useful
+    # 9 heads share 3 key-value heads of 8 features (not 81 / 9); ffn and vocabulary do not divide by anything useful
     "odd": dict(
-        hidden_size=66, num_attention_heads=9, num_key_value_heads=3, head_dim=8, intermediate_size=97,
+        hidden_size=81, num_attention_heads=9, num_key_value_heads=3, head_dim=8, intermediate_size=97,
         vocab_size=131, tie_word_embeddings=False,
     ),
     # biases everywhere, tied embeddings, and a rotary embedding stretched as in Llama 3
     "biased": dict(
-        hidden_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=12, intermediate_size=80,
+        hidden_size=66, num_attention_heads=6, num_key_value_heads=2, head_dim=12, intermediate_size=80,
         vocab_size=127, tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
         rope_scaling=dict(
             rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500.0,
