@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.model_cases import logits_of, prompt_of
 
 from megatron_lowbit.comm.schemes import parse_scheme
 from megatron_lowbit.layers.kv_cache import TokenBatch
@@ -21,15 +22,6 @@ HF_CONFIG = dict(
 )  # fmt: skip
 
 
-def prompt_of(config, length: int) -> list[int]:
-    return [(7 * position * position + 3) % config.vocab_size for position in range(length)]
-
-
-def logits_of(weights, prompt, scheme="exact", calibration=None) -> torch.Tensor:
-    model = weights.build_with_scheme(parse_scheme(scheme), calibration)
-    return model.head.precise_logits(model(TokenBatch.prompts([prompt], weights.context.device)))
-
-
 def hf_logits(tiny_models, variant, prompt) -> torch.Tensor:
     with torch.no_grad():
         return tiny_models.hf(variant)(torch.tensor([prompt])).logits[0]
@@ -39,7 +31,9 @@ def hf_logits(tiny_models, variant, prompt) -> torch.Tensor:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exact_logits_equal_transformers(tiny_models, variant, tp):
     weights = load_weights(tiny_models(variant), ParallelContext.virtual_ranks(tp), torch.float32)
-    prompt = prompt_of(weights.config, 60)  # beyond the 24 positions at which "biased" stretches its rotary embedding
+    prompt = prompt_of(
+        weights.config.vocab_size, 60
+    )  # beyond the 24 positions at which "biased" stretches its rotary embedding
     expected = hf_logits(tiny_models, variant, prompt)
     torch.testing.assert_close(logits_of(weights, prompt), expected, rtol=0, atol=TOLERANCE)
 
@@ -50,7 +44,7 @@ def test_every_rank_count_gives_nearly_the_same_quality(tiny_models, scheme):
     prompt = None
     for tp in (2, 3, 8):
         weights = load_weights(tiny_models("odd"), ParallelContext.virtual_ranks(tp), torch.float32)
-        prompt = prompt_of(weights.config, 40)
+        prompt = prompt_of(weights.config.vocab_size, 40)
         expected = hf_logits(tiny_models, "odd", prompt)
         error = (logits_of(weights, prompt, scheme) - expected).abs().mean() / expected.abs().mean()
         if scheme == "exact:one-stage":
@@ -62,7 +56,7 @@ def test_every_rank_count_gives_nearly_the_same_quality(tiny_models, scheme):
 def test_mistakes_are_far_above_the_tolerance(tiny_models):
     """What the comparisons above would see if a shard were wrong: at least 100 times the tolerance."""
     model = tiny_models.hf("biased")
-    prompt = prompt_of(model.config, 60)
+    prompt = prompt_of(model.config.vocab_size, 60)
     expected = hf_logits(tiny_models, "biased", prompt)
     prefix = "model.layers.1."
     mistakes = {
@@ -93,7 +87,7 @@ def test_mistakes_are_far_above_the_tolerance(tiny_models):
 def test_bf16_model_is_close_to_the_fp32_one(tiny_models, variant):
     """bf16 keeps 8 bits: 2^-9 a rounding, some 20 roundings deep. More than 10 % would be a broken path."""
     weights = load_weights(tiny_models(variant), ParallelContext.virtual_ranks(3), torch.bfloat16)
-    prompt = prompt_of(weights.config, 40)
+    prompt = prompt_of(weights.config.vocab_size, 40)
     expected = hf_logits(tiny_models, variant, prompt)
     error = (logits_of(weights, prompt) - expected).abs().mean() / expected.abs().mean()
     assert 1e-3 < error < 0.1
