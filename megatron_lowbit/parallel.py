@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 DEFAULT_TIMEOUT_S = 600.0
 
+Result = TypeVar("Result")
+
 
 class RankError(RuntimeError):
-    """Some rank failed; raised on all of them with the same text. `__str__` names each failing rank once."""
+    """Some rank failed; raised on all of them with the same text, which names the failing ranks."""
+
+
+class CommunicationError(RuntimeError):
+    """This rank lost contact with another: it ended, or did not answer in time."""
 
 
 @dataclass
@@ -93,7 +99,14 @@ class ParallelContext:
             return cls(device=where)
         if not dist.is_initialized():
             backend = "nccl" if where.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            try:
+                dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            except (dist.DistError, ValueError) as error:
+                address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                raise ValueError(
+                    f"rank {rank} of {size} could not join the process group at {address} "
+                    f"({str(error).splitlines()[0]}); is the port free, and did all ranks start?"
+                ) from error
         assert dist.group.WORLD is not None
         return cls(rank=rank, size=size, device=where, group=dist.group.WORLD)
 
@@ -140,8 +153,15 @@ class ParallelContext:
         operations = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=p) for p, tensor in receives.items()]
         operations += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=p) for p, tensor in sends.items()]
         if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+            try:
+                for work in dist.batch_isend_irecv(operations):
+                    work.wait()
+            except RuntimeError as error:
+                peers = _ranks_text(sorted({*sends, *receives}))
+                raise CommunicationError(
+                    f"rank {self.rank} lost contact while exchanging {purpose!r} with rank {peers}; look for what that "
+                    f"rank said ({str(error).splitlines()[0]})"
+                ) from error
         self.traffic.add(purpose, sum(t.numel() * t.element_size() for t in sends.values()), len(sends))
 
     def all_gather(self, tensor: torch.Tensor, purpose: str) -> torch.Tensor:
@@ -186,6 +206,21 @@ class ParallelContext:
             text if len(ranks) == self.size else f"rank {_ranks_text(ranks)}: {text}" for text, ranks in texts.items()
         ]
         raise RankError("; ".join(parts))
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Runs rank-local `work`; where it raises ValueError or OSError on any rank, all ranks raise one RankError.
+
+        A single process raises the error itself.
+        """
+        problem: str | None = None
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            if self.group is None:
+                raise
+            problem = str(error)
+        self.agree(problem)
+        return result
 
     def agree_same(self, value: Any, what: str) -> None:
         """Raises the same error on all ranks unless every rank passed an equal JSON `value`."""

@@ -47,8 +47,17 @@ class ModelWeights:
     ) -> Decoder:
         """A model whose sync points all use `scheme`.
 
-        Raises ValueError where the scheme needs a calibration that is missing or of another model or size.
+        Called on all ranks alike. Raises ValueError (RankError on several ranks) where the scheme needs a calibration
+        that is missing or of another model or size.
         """
+        model = self.context.together(lambda: self._build_with_scheme(scheme, calibration, backend))
+        self.context.agree_same(scheme.name, "the communication scheme")
+        # a rank decodes with its own copy of the senders' scales: other numbers there, and replicas drift apart unseen
+        used = calibration.digest()[:12] if scheme.needs_calibration and calibration is not None else None
+        self.context.agree_same(used, "the calibration")
+        return model
+
+    def _build_with_scheme(self, scheme: CommScheme, calibration: CommCalibration | None, backend: str) -> Decoder:
         if self.context.size == 1:
             return self.build(lambda name: SingleRankAllReduce())
         if scheme.needs_calibration and calibration is not None:
@@ -73,15 +82,8 @@ def load_weights(
     dtype: of weights and activations; by default FP32 for a checkpoint converted to FP32, else BF16.
     progress: called with (done, total) tensors. A failure on one rank is raised on all of them (RankError).
     """
-    problem = None
-    try:
-        reader = open_checkpoint(path)
-        weights = _read(reader, context, dtype, progress)
-    except (ValueError, FileNotFoundError) as error:
-        if context.group is None:
-            raise
-        problem = str(error)
-    context.agree(problem)
+    weights = context.together(lambda: _read(open_checkpoint(path), context, dtype, progress))
+    context.agree_same([weights.fingerprint[:12], str(weights.dtype)], "the model and its dtype")
     return weights
 
 

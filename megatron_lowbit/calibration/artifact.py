@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from dataclasses import dataclass
@@ -114,6 +115,15 @@ class CommCalibration:
             text_sha256=metadata["text_sha256"],
             sync_points={name: SyncPointStatistics(**statistics) for name, statistics in points.items()},
         )
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the statistics: equal where every constant derived from them is."""
+        digest = hashlib.sha256()
+        for name, point in sorted(self.sync_points.items()):
+            digest.update(name.encode())
+            for statistic in STATISTICS:
+                digest.update(getattr(point, statistic).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def check_fits(self, fingerprint: str, tp: int, where: str) -> None:
         """Raises ValueError where the statistics are of another model or tensor-parallel size."""

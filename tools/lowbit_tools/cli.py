@@ -8,19 +8,27 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lowbit_tools import local_ranks
 from lowbit_tools.commands import bench, calibrate, convert, demo, evaluate, generate
-from megatron_lowbit.parallel import RankError
+from megatron_lowbit.parallel import CommunicationError, RankError
 
 COMMANDS = (convert, calibrate, generate, evaluate, bench, demo)
 USER_ERROR = 2
 INTERRUPTED = 130
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the whole usage: `--help` is there for that."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; tests freeze its flags."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="megatron-lowbit",
         description="Tensor-parallel LLM inference whose all-reduces travel at about 4 bits a value.",
     )
@@ -29,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.HELP)
         subparser.add_argument("--verbose", action="store_true", help="log what was chosen (scheme, codec) and why")
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(check=command.check, run=command.run)
     return parser
 
 
@@ -39,20 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(words)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
+        args.check(args)
         ranks = local_ranks.wanted(args)
         if ranks > 1 and not local_ranks.under_torchrun():
             return local_ranks.launch(ranks, words)
         args.run(args)
-    except RankError as error:  # the same on every rank: said once
-        if int(os.environ.get("RANK", "0")) == 0:
+    except (RankError, CommunicationError, ValueError, OSError) as error:
+        # a RankError is the same on every rank and said once; anything else may be known to this rank alone
+        if not isinstance(error, RankError) or _is_first():
             print(f"megatron-lowbit: error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
-        rank = os.environ.get("RANK")
-        print(f"megatron-lowbit: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("megatron-lowbit: interrupted; nothing half-written was left behind", file=sys.stderr)
+        if _is_first():
+            print("megatron-lowbit: interrupted; nothing half-written was left behind", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -7,14 +7,11 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 
 from megatron_lowbit.parallel import ParallelContext
-
-Result = TypeVar("Result")
 
 
 def add_arguments(parser: argparse.ArgumentParser, virtual: bool) -> None:
@@ -52,6 +49,10 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
 
 
+def check_nothing(args: argparse.Namespace) -> None:
+    """For commands whose arguments need no check beyond the parser's."""
+
+
 def context_of(args: argparse.Namespace) -> ParallelContext:
     """The parallel context the arguments and the environment describe."""
     virtual = getattr(args, "virtual_tp", None)
@@ -61,24 +62,9 @@ def context_of(args: argparse.Namespace) -> ParallelContext:
     return ParallelContext.from_environment(args.device)
 
 
-def together(context: ParallelContext, work: Callable[[], Result]) -> Result:
-    """Runs rank-local `work`; where it fails on any rank, all ranks raise the same RankError.
-
-    A single process raises the error itself.
-    """
-    problem, result = None, None
-    try:
-        result = work()
-    except (ValueError, OSError) as error:
-        if context.group is None:
-            raise
-        problem = str(error)
-    context.agree(problem)
-    return result  # type: ignore[return-value]  # set wherever no problem was
-
-
 def launch(ranks: int, words: Sequence[str]) -> int:
     """Runs the same command line on `ranks` local processes; the exit code of the first one that failed, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -100,4 +86,6 @@ def launch(ranks: int, words: Sequence[str]) -> int:
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         return next((code for code in codes if code > 0), 1)
+    except SignalException as error:
+        raise KeyboardInterrupt from error
     return 0

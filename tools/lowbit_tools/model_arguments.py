@@ -9,6 +9,7 @@ from pathlib import Path
 from lowbit_tools import local_ranks
 from lowbit_tools.output import progress_bar
 from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.tokenizer import Tokenizer
 from megatron_lowbit.weights import DTYPES, ModelWeights, load_weights
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, virtual: bool = True) -> None
 
 def load(args: argparse.Namespace, context: ParallelContext) -> tuple[ModelWeights, Tokenizer]:
     """Weights of this rank and the tokenizer; a failure on any rank is raised on all."""
-    tokenizer = local_ranks.together(context, functools.partial(Tokenizer.from_directory, args.model))
+    tokenizer = context.together(functools.partial(Tokenizer.from_directory, args.model))
     dtype = None if args.dtype is None else DTYPES[args.dtype]
     with progress_bar(f"loading {args.model.name}", context) as progress:
         return load_weights(args.model, context, dtype, progress), tokenizer
@@ -38,17 +39,31 @@ def load(args: argparse.Namespace, context: ParallelContext) -> tuple[ModelWeigh
 def load_calibration(path: Path | None, context: ParallelContext) -> CommCalibration | None:
     if path is None:
         return None
-    return local_ranks.together(context, functools.partial(CommCalibration.load, path))
+    return context.together(functools.partial(CommCalibration.load, path))
 
 
 def dtype_name(weights: ModelWeights) -> str:
     return next(name for name, dtype in DTYPES.items() if dtype == weights.dtype)
 
 
+def parse_schemes(text: str) -> list[CommScheme]:
+    """Schemes of a comma-separated list; ValueError for an unknown or repeated one."""
+    names = [name.strip() for name in text.split(",")]
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise ValueError(f"--schemes names {', '.join(sorted(repeated))} twice; name each scheme once")
+    return [parse_scheme(name) for name in names]
+
+
+def check_text(path: Path) -> None:
+    """FileNotFoundError where there is no such text file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"text file {path} not found; give a UTF-8 text file")
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 text file; ValueError where it is something else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"text file {path} not found")
+    check_text(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -6,9 +6,8 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from lowbit_tools import local_ranks, output
+from lowbit_tools import local_ranks, model_arguments, output
 from lowbit_tools.all_reduce_bench import bench_all_reduce
-from megatron_lowbit.comm.schemes import parse_scheme
 
 NAME = "bench"
 HELP = "Time the collectives on this cluster's links."
@@ -29,14 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write conditions and rows as JSON")
 
 
-def run(args: argparse.Namespace) -> None:
-    schemes = [parse_scheme(name.strip()) for name in args.schemes.split(",")]
+def check(args: argparse.Namespace) -> None:
+    """ValueError for arguments that make no sense, before any rank starts."""
+    sizes = _sizes(args.tokens)
+    model_arguments.parse_schemes(args.schemes)
+    for flag, value, least in (("--tokens", min(sizes), 0), ("--hidden", args.hidden, 1), ("--rounds", args.rounds, 1)):
+        if value < least:
+            raise ValueError(f"{flag} is {value}; it must be at least {least}")
+
+
+def _sizes(text: str) -> list[int]:
     try:
-        sizes = [int(size) for size in args.tokens.split(",")]
+        return [int(size) for size in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"--tokens is {args.tokens!r}; give whole numbers separated by commas") from error
-    if min(sizes) < 0 or args.hidden < 1 or args.rounds < 1:
-        raise ValueError("--tokens must be at least 0, --hidden and --rounds at least 1")
+        raise ValueError(f"--tokens is {text!r}; give whole numbers separated by commas") from error
+
+
+def run(args: argparse.Namespace) -> None:
+    schemes, sizes = model_arguments.parse_schemes(args.schemes), _sizes(args.tokens)
     context = local_ranks.context_of(args)
     if context.size < 2:
         raise ValueError("an all-reduce needs at least 2 ranks: pass --tp N or start it with torchrun")

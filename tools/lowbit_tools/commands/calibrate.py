@@ -23,18 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=512, metavar="T", help="tokens a sequence (default: 512)")
 
 
+def check(args: argparse.Namespace) -> None:
+    """FileNotFoundError for a text that is not there, before any rank starts."""
+    if args.text is not None:
+        model_arguments.check_text(args.text)
+
+
 def run(args: argparse.Namespace) -> None:
     context = local_ranks.context_of(args)
     weights, tokenizer = model_arguments.load(args, context)
-    text = local_ranks.together(context, lambda: model_arguments.read_text(args.text) if args.text else demo_text()[0])
+    text = context.together(lambda: model_arguments.read_text(args.text) if args.text else demo_text()[0])
     what = str(args.text or "the built-in text")
-    sequences = local_ranks.together(
-        context, lambda: text_windows(tokenizer, text, args.sequences, args.length, AT_LEAST, what)
-    )
+    sequences = context.together(lambda: text_windows(tokenizer, text, args.sequences, args.length, AT_LEAST, what))
     context.agree_same([text_digest(text), args.sequences, args.length], "the calibration text")
     with output.progress_bar("calibrating (sequences)", context) as progress:
         calibration = calibrate(weights, sequences, text_digest(text), progress)
-    local_ranks.together(context, lambda: calibration.save(args.out) if context.is_first else None)
+    context.together(lambda: calibration.save(args.out) if context.is_first else None)
     rows = [
         {"sync_points": len(calibration.sync_points), "sequences": calibration.sequences, "length": calibration.length,
          "nbytes": args.out.stat().st_size if context.is_first else 0}

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from checkpoints_conv.convert import convert
-from lowbit_tools import output
+from lowbit_tools import local_ranks, output
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.weights import DTYPES
 
@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="stored weights (default: bf16)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is a converted checkpoint")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write conditions and rows as JSON")
+
+
+check = local_ranks.check_nothing
 
 
 def run(args: argparse.Namespace) -> None:

@@ -47,14 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     local_ranks.add_arguments(parser, virtual=False)
 
 
+def check(args: argparse.Namespace) -> None:
+    """FileNotFoundError for a text that is not there, before any rank starts."""
+    if args.text is not None:
+        model_arguments.check_text(args.text)
+
+
 def run(args: argparse.Namespace) -> None:
     context = local_ranks.context_of(args)
     screen = output.console(context)
     if context.size < 2:
         raise ValueError("the demo compares what ranks send each other: start at least 2 with --tp 2 or torchrun")
-    calibration_text, evaluation_text = local_ranks.together(context, functools.partial(_texts, args.text))
+    calibration_text, evaluation_text = context.together(functools.partial(_texts, args.text))
     screen.print(f"[1/5] checkpoint for {context.size} ranks")
-    checkpoint = local_ranks.together(context, functools.partial(_converted, args, context))
+    checkpoint = context.together(functools.partial(_converted, args, context))
     checkpoint = Path(context.broadcast_json(str(checkpoint)))
     tokenizer = Tokenizer.from_directory(checkpoint)
     weights = load_weights(checkpoint, context)
@@ -132,12 +138,12 @@ def _calibrated(
     sequences = text_windows(tokenizer, text, args.sequences, args.length, LEAST_CALIBRATION, what)
     path = args.out / f"calibration-tp{context.size}-{digest[:8]}-{len(sequences)}x{args.length}.safetensors"
     if all(context.all_gather_json(path.is_file())):
-        found = local_ranks.together(context, functools.partial(CommCalibration.load, path))
+        found = context.together(functools.partial(CommCalibration.load, path))
         if found.fingerprint == weights.fingerprint:
             return found
     with output.progress_bar("calibrating (sequences)", context) as progress:
         calibration = calibrate(weights, sequences, digest, progress)
-    local_ranks.together(context, lambda: calibration.save(path) if context.is_first else None)
+    context.together(lambda: calibration.save(path) if context.is_first else None)
     return calibration
 
 

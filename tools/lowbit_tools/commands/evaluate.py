@@ -12,7 +12,6 @@ from rich.table import Table
 
 from lowbit_tools import local_ranks, model_arguments, output
 from lowbit_tools.demo_text import demo_text
-from megatron_lowbit.comm.schemes import parse_scheme
 from megatron_lowbit.evaluate import evaluate
 from megatron_lowbit.text_windows import text_windows
 
@@ -31,14 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=512, metavar="T", help="tokens a window (default: 512)")
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError for arguments that make no sense, before any rank starts."""
+    model_arguments.parse_schemes(args.schemes)
+    if args.text is not None:
+        model_arguments.check_text(args.text)
+
+
 def run(args: argparse.Namespace) -> None:
-    schemes = [parse_scheme(name.strip()) for name in args.schemes.split(",")]
+    schemes = model_arguments.parse_schemes(args.schemes)
     context = local_ranks.context_of(args)
     weights, tokenizer = model_arguments.load(args, context)
     calibration = model_arguments.load_calibration(args.calibration, context)
-    text = local_ranks.together(context, lambda: model_arguments.read_text(args.text) if args.text else demo_text()[1])
+    text = context.together(lambda: model_arguments.read_text(args.text) if args.text else demo_text()[1])
     what = str(args.text or "the built-in text")
-    windows = local_ranks.together(context, lambda: text_windows(tokenizer, text, args.windows, args.length, 1, what))
+    windows = context.together(lambda: text_windows(tokenizer, text, args.windows, args.length, 1, what))
     context.agree_same([args.schemes, args.windows, args.length, len(text)], "the evaluation")
     with output.progress_bar("evaluating (passes)", context) as progress:
         rows = [asdict(row) for row in evaluate(weights, schemes, windows, calibration, progress, args.backend)]

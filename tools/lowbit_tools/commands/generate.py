@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_tools import local_ranks, model_arguments, output
+from megatron_lowbit.comm.schemes import parse_scheme
 from megatron_lowbit.llm import LLM, TextEvent
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.sampling import SamplingParams
@@ -35,13 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stats", action="store_true", help="show tokens a second and bytes sent")
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError for arguments that make no sense, before any rank starts."""
+    parse_scheme(args.scheme)
+    _params(args)
+
+
+def _params(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
+
+
 def run(args: argparse.Namespace) -> None:
-    params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
+    params = _params(args)
     context = local_ranks.context_of(args)
     weights, tokenizer = model_arguments.load(args, context)
     calibration = model_arguments.load_calibration(args.calibration, context)
-    llm = local_ranks.together(
-        context,
+    llm = context.together(
         lambda: LLM(weights, scheme=args.scheme, calibration=calibration, tokenizer=tokenizer, backend=args.backend),
     )
     context.traffic.reset()
