@@ -98,10 +98,14 @@ def rank_load_errors(context: ParallelContext, paths: list[str]) -> dict[str, An
     return {"message": message, "seconds": time.monotonic() - began}
 
 
-def rank_build_error(context: ParallelContext, path: str, calibration: str, scheme: str) -> dict[str, Any]:
+def rank_build_errors(
+    context: ParallelContext, path: str, calibrations: list[str], schemes: list[str]
+) -> dict[str, Any]:
+    """What building a model says, where each rank may have a calibration and a scheme of its own."""
     weights = load_weights(Path(path), context)
+    calibration = CommCalibration.load(Path(calibrations[context.rank % len(calibrations)]))
     try:
-        weights.build_with_scheme(parse_scheme(scheme), CommCalibration.load(Path(calibration)))
-    except ValueError as error:
+        weights.build_with_scheme(parse_scheme(schemes[context.rank % len(schemes)]), calibration)
+    except RankError as error:
         return {"message": str(error)}
     return {"message": ""}
