@@ -5,8 +5,9 @@ Arguments that all three functions share:
     body_index, outlier_index: int64 `[H-K]` and `[K]`, ascending, together every feature once; None where K is 0.
 
 No order of evaluation can change a bit: scales are representable in bf16, so `code * scale` (8 x 8 significant bits)
-is exact in fp32 and a fused multiply-add gives the same sum, unless the product overflows; sums run in rank order. Every NaN that comes out has the
-bits 0x7FC00000 (0x7FC0 as bf16), for hardware disagrees about NaN bits. Hosts are little endian.
+is exact in fp32, and a fused multiply-add gives the same sum unless the product overflows (the compiled backends forbid
+fusion for that); sums run in rank order. Every NaN that comes out has the bits 0x7FC00000 (0x7FC0 as bf16), for
+hardware disagrees about NaN bits. Hosts are little endian.
 
 Not for speed: it makes many temporaries. Source of the static format: arXiv 2411.07942, section 3.
 
