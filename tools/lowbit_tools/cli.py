@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.HELP)
+        subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.HELP, allow_abbrev=False)
         subparser.add_argument("--verbose", action="store_true", help="log what was chosen (scheme, codec) and why")
         command.add_arguments(subparser)
         subparser.set_defaults(check=command.check, run=command.run)
