@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.comm.saturation import SaturationLog
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.comm.two_stage import GATHER, REDUCE
 from megatron_lowbit.layers.kv_cache import TokenBatch
@@ -30,6 +31,7 @@ class EvaluationRow:
 
     Bits are those on the wire, padding included. sent_nbytes_per_token_per_rank: at all sync points, mean over ranks.
     kl_stderr: standard error over windows. Speed counts forward passes without the output head.
+    saturated_share: of the communicated values, those clamped to a static range; non_finite: NaN and Inf among them.
     """
 
     scheme: str
@@ -44,6 +46,8 @@ class EvaluationRow:
     top1_agreement: float
     tokens: int
     prefill_tokens_per_s: float
+    saturated_share: float
+    non_finite: int
 
 
 @dataclass
@@ -54,6 +58,7 @@ class _Tally:
     kl_of_windows: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     sent_nbytes: int = 0
+    saturation: SaturationLog = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,11 @@ def evaluate(
     exact = parse_scheme("exact")
     # `exact` is always run first: it is the reference, whether a row was asked for or not
     runs = [exact, *(scheme for scheme in parsed if scheme.name != exact.name)]
-    models = {scheme.name: weights.build_with_scheme(scheme, calibration, backend) for scheme in runs}
     tallies = {scheme.name: _Tally() for scheme in runs}
+    models = {
+        scheme.name: weights.build_with_scheme(scheme, calibration, backend, tallies[scheme.name].saturation)
+        for scheme in runs
+    }
     warm_up = TokenBatch.prompts([windows[0]], context.device)
     for model in models.values():
         model(warm_up)
@@ -154,6 +162,9 @@ def _row(weights: ModelWeights, scheme: CommScheme, tally: _Tally, base: _Tally,
     context, hidden = weights.context, weights.config.hidden_size
     wire = scheme.for_dtype(weights.dtype)
     sent = sum(context.all_gather_json(tally.sent_nbytes)) if not context.virtual else tally.sent_nbytes
+    counters = tally.saturation.values()
+    local = [sum(c.values for c in counters), sum(c.saturated for c in counters), sum(c.non_finite for c in counters)]
+    values, saturated, non_finite = (sum(column) for column in zip(*context.all_gather_json(local), strict=True))
     slowest = [max(column) for column in zip(*context.all_gather_json(tally.seconds), strict=True)]
     count = len(tally.kl_of_windows)
     mean = math.fsum(tally.kl_of_windows) / count
@@ -171,4 +182,6 @@ def _row(weights: ModelWeights, scheme: CommScheme, tally: _Tally, base: _Tally,
         top1_agreement=tally.agreed / tally.scored,
         tokens=tally.scored,
         prefill_tokens_per_s=tokens / count / sorted(slowest)[count // 2],
+        saturated_share=saturated / max(values, 1),
+        non_finite=non_finite,
     )

@@ -11,6 +11,7 @@ import torch
 
 from megatron_lowbit.calibration.artifact import CommCalibration
 from megatron_lowbit.chat import render_chat
+from megatron_lowbit.comm.saturation import SaturationLog
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.generate import GenerationTimes, TokenGeneration
 from megatron_lowbit.parallel import ParallelContext
@@ -52,6 +53,7 @@ class LLM:
     >>> llm.generate(["The capital of France is"])[0].text  # doctest: +SKIP
 
     model: a converted checkpoint, a Hugging Face directory, or weights loaded before. calibration: a file, or loaded.
+    count_saturation: fill `saturation`, for statistics; costs a pass over every message.
     Raises ValueError or FileNotFoundError for what does not fit, RankError where another rank failed.
     """
 
@@ -65,6 +67,7 @@ class LLM:
         dtype: torch.dtype | None = None,
         tokenizer: Tokenizer | None = None,
         backend: str = "auto",
+        count_saturation: bool = False,
     ) -> None:
         self.scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
         if isinstance(model, ModelWeights):
@@ -76,7 +79,10 @@ class LLM:
             self.tokenizer = tokenizer or Tokenizer.from_directory(Path(model))
         if isinstance(calibration, str | Path):
             calibration = CommCalibration.load(Path(calibration))
-        self.model = self.weights.build_with_scheme(self.scheme, calibration, backend)
+        #: filled while the model runs, where it was asked for
+        self.saturation: SaturationLog = {}
+        log = self.saturation if count_saturation else None
+        self.model = self.weights.build_with_scheme(self.scheme, calibration, backend, log)
         self.times = GenerationTimes()
 
     def stream(self, prompts: Sequence[str], params: SamplingParams | None = None) -> Iterator[TextEvent]:

@@ -140,12 +140,17 @@ class ParallelContext:
     # ---- moving bytes ------------------------------------------------------------------------------------------
 
     def exchange(
-        self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor], purpose: str
+        self,
+        outgoing: Mapping[int, torch.Tensor],
+        incoming: Mapping[int, torch.Tensor],
+        purpose: str,
+        where: str = "",
     ) -> None:
         """Sends each tensor of `outgoing` to its rank while filling those of `incoming`; returns when all arrived.
 
         One message a peer and call; empty tensors are not sent, so both sides must agree on the sizes. Tensors are
-        contiguous and on `device`; `incoming` buffers belong to the caller.
+        contiguous and on `device`; `incoming` buffers belong to the caller. Traffic is counted under `purpose`;
+        `where` names the sync point in errors. Raises CommunicationError where a peer ended or did not answer.
         """
         assert self.group is not None
         sends = {peer: tensor for peer, tensor in outgoing.items() if tensor.numel()}
@@ -159,8 +164,8 @@ class ParallelContext:
             except RuntimeError as error:
                 peers = _ranks_text(sorted({*sends, *receives}))
                 raise CommunicationError(
-                    f"rank {self.rank} lost contact while exchanging {purpose!r} with rank {peers}; look for what that "
-                    f"rank said ({str(error).splitlines()[0]})"
+                    f"rank {self.rank} lost contact with rank {peers} at {where or purpose} ({purpose}); look for what "
+                    f"that rank said ({str(error).splitlines()[0]})"
                 ) from error
         self.traffic.add(purpose, sum(t.numel() * t.element_size() for t in sends.values()), len(sends))
 

@@ -15,6 +15,7 @@ from megatron_lowbit.checkpoint.open import open_checkpoint
 from megatron_lowbit.checkpoint.reader import CheckpointReader, check_complete
 from megatron_lowbit.checkpoint.tensor_parallel import TensorParallelCheckpoint
 from megatron_lowbit.comm.all_reduce import AllReduce, SingleRankAllReduce, build_all_reduce
+from megatron_lowbit.comm.saturation import SaturationCounter, SaturationLog
 from megatron_lowbit.comm.schemes import CommScheme
 from megatron_lowbit.config import ModelConfig
 from megatron_lowbit.layers.sharded import assign_parameters, sharded_parameters
@@ -43,21 +44,27 @@ class ModelWeights:
         return model
 
     def build_with_scheme(
-        self, scheme: CommScheme, calibration: CommCalibration | None = None, backend: str = "auto"
+        self,
+        scheme: CommScheme,
+        calibration: CommCalibration | None = None,
+        backend: str = "auto",
+        saturation: SaturationLog | None = None,
     ) -> Decoder:
         """A model whose sync points all use `scheme`.
 
         Called on all ranks alike. Raises ValueError (RankError on several ranks) where the scheme needs a calibration
-        that is missing or of another model or size.
+        that is missing or of another model or size. saturation: gets a counter for every sync point, if given.
         """
-        model = self.context.together(lambda: self._build_with_scheme(scheme, calibration, backend))
+        model = self.context.together(lambda: self._build_with_scheme(scheme, calibration, backend, saturation))
         self.context.agree_same(scheme.name, "the communication scheme")
         # a rank decodes with its own copy of the senders' scales: other numbers there, and replicas drift apart unseen
         used = calibration.digest()[:12] if scheme.needs_calibration and calibration is not None else None
         self.context.agree_same(used, "the calibration")
         return model
 
-    def _build_with_scheme(self, scheme: CommScheme, calibration: CommCalibration | None, backend: str) -> Decoder:
+    def _build_with_scheme(
+        self, scheme: CommScheme, calibration: CommCalibration | None, backend: str, saturation: SaturationLog | None
+    ) -> Decoder:
         if self.context.size == 1:
             return self.build(lambda name: SingleRankAllReduce())
         if scheme.needs_calibration and calibration is not None:
@@ -65,8 +72,9 @@ class ModelWeights:
         scheme = scheme.for_dtype(self.dtype)
 
         def all_reduce(name: str) -> AllReduce:
+            counter = None if saturation is None else saturation.setdefault(name, SaturationCounter())
             constants = sync_point_constants(scheme, name, self.config.hidden_size, calibration, self.context.device)
-            return build_all_reduce(self.context, scheme, self.config.hidden_size, constants, backend)
+            return build_all_reduce(self.context, scheme, self.config.hidden_size, constants, backend, name, counter)
 
         return self.build(all_reduce)
 

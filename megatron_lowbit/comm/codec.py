@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lowbit_kernels import Backend
+from megatron_lowbit.comm.saturation import SaturationCounter, saturation_limits
 from megatron_lowbit.comm.wire_format import WireFormat
 
 # Shapes: T tokens, H hidden features, D body features, K outliers, R ranks, B bytes of a packet row.
@@ -16,7 +17,7 @@ class Codec:
     """Encodes rows of partial sums and decodes packets.
 
     scale_RD: FP32, one row of static scales for each sender (one row for the gather stage, whose values all owners
-    encode alike); None for formats that carry their scales or need none.
+    encode alike); None for formats that carry their scales or need none. saturation: counts what is encoded, if given.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Codec:
         body_index: torch.Tensor | None = None,
         outlier_index: torch.Tensor | None = None,
         scale_RD: torch.Tensor | None = None,
+        saturation: SaturationCounter | None = None,
     ) -> None:
         self.layout = wire_format.packet_layout(hidden)
         assert (scale_RD is not None) == wire_format.is_static, wire_format
@@ -36,11 +38,18 @@ class Codec:
         self._scale_RD = scale_RD
         # stored once in FP32: encoding is a multiplication, so that every implementation rounds alike
         self._inverse_scale_RD = None if scale_RD is None else 1.0 / scale_RD
+        self._saturation = saturation
+        self._limit_RH: torch.Tensor | None = None
+        if saturation is not None and scale_RD is not None:
+            largest = 2 ** (wire_format.bits - 1) - 1
+            self._limit_RH = saturation_limits(scale_RD, self._body_index, hidden, largest)
 
     def encode(self, x_TH: torch.Tensor, sender: int, packet_TB: torch.Tensor | None = None) -> torch.Tensor:
         """Packet `[T, B]` uint8 of bf16 or fp32 values; written into `packet_TB` where one is given."""
         if packet_TB is None:
             packet_TB = torch.empty(x_TH.shape[0], self.layout.row_nbytes, dtype=torch.uint8, device=x_TH.device)
+        if self._saturation is not None:
+            self._saturation.count(x_TH, None if self._limit_RH is None else self._limit_RH[sender])
         inverse = None if self._inverse_scale_RD is None else self._inverse_scale_RD[sender]
         self._backend.encode(x_TH, self.layout, packet_TB, inverse, self._body_index, self._outlier_index)
         return packet_TB

@@ -16,8 +16,9 @@ class OneStageAllReduce:
 
     stages = 1
 
-    def __init__(self, context: ParallelContext, codec: Codec) -> None:
+    def __init__(self, context: ParallelContext, codec: Codec, name: str = "") -> None:
         self._context = context
+        self._name = name
         self._codec = codec
 
     def __call__(self, partial_LTH: torch.Tensor) -> torch.Tensor:
@@ -28,5 +29,7 @@ class OneStageAllReduce:
         packets_RTB = packet_TB.new_empty(size, *packet_TB.shape)
         packets_RTB[rank] = packet_TB
         peers = [peer for peer in range(size) if peer != rank]
-        self._context.exchange(dict.fromkeys(peers, packet_TB), {peer: packets_RTB[peer] for peer in peers}, REDUCE)
+        self._context.exchange(
+            dict.fromkeys(peers, packet_TB), {peer: packets_RTB[peer] for peer in peers}, REDUCE, self._name
+        )
         return self._codec.decode_sum(packets_RTB)

@@ -21,8 +21,9 @@ class TwoStageAllReduce:
 
     stages = 2
 
-    def __init__(self, context: ParallelContext, reduce_codec: Codec, gather_codec: Codec) -> None:
+    def __init__(self, context: ParallelContext, reduce_codec: Codec, gather_codec: Codec, name: str = "") -> None:
         self._context = context
+        self._name = name
         self._reduce_codec = reduce_codec
         self._gather_codec = gather_codec
 
@@ -38,7 +39,7 @@ class TwoStageAllReduce:
         packet_TB = self._reduce_codec.encode(partial_TH, sender=rank)
         start, stop = spans[rank]
         received = {peer: packet_TB.new_empty(stop - start, packet_TB.shape[1]) for peer in peers}
-        self._context.exchange({peer: packet_TB[slice(*spans[peer])] for peer in peers}, received, REDUCE)
+        self._context.exchange({peer: packet_TB[slice(*spans[peer])] for peer in peers}, received, REDUCE, self._name)
         # the rank's own partial goes through the packet too, or the sum would depend on who owns the token
         received[rank] = packet_TB[start:stop]
         return self._reduce_codec.decode_sum([received[peer] for peer in range(self._context.size)])
@@ -50,7 +51,7 @@ class TwoStageAllReduce:
         mine = packet_TB[slice(*spans[rank])]
         self._gather_codec.encode(sum_SH, sender=0, packet_TB=mine)
         incoming = {peer: packet_TB[slice(*spans[peer])] for peer in peers}
-        self._context.exchange(dict.fromkeys(peers, mine), incoming, GATHER)
+        self._context.exchange(dict.fromkeys(peers, mine), incoming, GATHER, self._name)
         # every rank decodes every packet, its own included: replicas stay bit-identical
         return self._gather_codec.decode(packet_TB, sender=0)
 

@@ -73,6 +73,7 @@ def quality_table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -
         "to exact": lambda row: f"{100 * (row['perplexity_ratio'] - 1):+.1f} %",
         "KL (nats/token)": lambda row: f"{row['kl_mean']:.4f} ± {row['kl_stderr']:.4f}",
         "top-1 agreement": lambda row: f"{100 * row['top1_agreement']:.1f} %",
+        "saturated": lambda row: f"{100 * row['saturated_share']:.2f} %",
         "prefill tokens/s": lambda row: f"{row['prefill_tokens_per_s']:,.0f}",
         **(
             {"decode tokens/s": lambda row: f"{row['decode_tokens_per_s']:,.1f}"}

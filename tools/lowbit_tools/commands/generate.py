@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from lowbit_tools import local_ranks, model_arguments, output
 from megatron_lowbit.comm.schemes import parse_scheme
 from megatron_lowbit.llm import LLM, TextEvent
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
     parser.add_argument("--chat", action="store_true", help="wrap each prompt as a user's message in the chat format")
-    parser.add_argument("--stats", action="store_true", help="show tokens a second and bytes sent")
+    parser.add_argument("--stats", action="store_true", help="show tokens a second, bytes sent and saturation")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -51,9 +53,10 @@ def run(args: argparse.Namespace) -> None:
     context = local_ranks.context_of(args)
     weights, tokenizer = model_arguments.load(args, context)
     calibration = model_arguments.load_calibration(args.calibration, context)
-    llm = context.together(
-        lambda: LLM(weights, scheme=args.scheme, calibration=calibration, tokenizer=tokenizer, backend=args.backend),
-    )
+    llm = LLM(
+        weights, scheme=args.scheme, calibration=calibration, tokenizer=tokenizer, backend=args.backend,
+        count_saturation=args.stats,
+    )  # fmt: skip
     context.traffic.reset()
     if args.chat:
         events = llm.chat_stream([[{"role": "user", "content": prompt}] for prompt in args.prompt], params)
@@ -67,6 +70,10 @@ def run(args: argparse.Namespace) -> None:
         "prefill_tokens_per_s": times.prefill_tokens_per_s,
         "decode_tokens_per_s": times.decode_tokens_per_s,
         "sent_nbytes": dict(context.traffic.sent_nbytes),
+        "saturation": {
+            name: {"values": counter.values, "saturated": counter.saturated, "non_finite": counter.non_finite}
+            for name, counter in llm.saturation.items()
+        },
     }
     if args.stats:
         sent = ", ".join(f"{purpose} {nbytes:,}" for purpose, nbytes in stats["sent_nbytes"].items()) or "nothing"
@@ -74,12 +81,26 @@ def run(args: argparse.Namespace) -> None:
             f"prefill {times.prefill_tokens_per_s:.1f} tokens/s, decode {times.decode_tokens_per_s:.1f} tokens/s; "
             f"bytes sent by rank 0: {sent}"
         )
+        _show_saturation(llm, output.console(context))
     facts = output.conditions(
         context, model=str(args.model), dtype=model_arguments.dtype_name(weights), temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, seed=args.seed, **stats,
     )  # fmt: skip
     output.write_json(args.json, context, facts, rows)
     context.close()
+
+
+def _show_saturation(llm: LLM, screen: Console) -> None:
+    """The share of clamped values as rank 0 saw it, and the sync points where it is largest."""
+    shares = {name: counter.saturated / max(counter.values, 1) for name, counter in llm.saturation.items()}
+    values = sum(counter.values for counter in llm.saturation.values())
+    saturated = sum(counter.saturated for counter in llm.saturation.values())
+    non_finite = sum(counter.non_finite for counter in llm.saturation.values())
+    worst = [f"{name} {100 * shares[name]:.2f} %" for name in sorted(shares, key=shares.__getitem__, reverse=True)[:3]]
+    screen.print(
+        f"saturated {100 * saturated / max(values, 1):.3f} % of {values:,} values encoded by rank 0, {non_finite} not "
+        f"finite; most at {', '.join(worst) or 'none'}"
+    )
 
 
 def show(events: Iterator[TextEvent], prompts: list[str], context: ParallelContext) -> list[dict[str, object]]:

@@ -1,0 +1,55 @@
+"""SaturationCounter: how many communicated values fell outside their static range, by sync point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+# Shapes: R senders, D body features, H hidden features, T tokens.
+
+
+@dataclass
+class SaturationCounter:
+    """Counts over all encodings of one sync point in this process.
+
+    values: all values looked at; saturated: finite ones at least half a step beyond the largest code, which the
+    encoder clamps; non_finite: NaN and Inf. Counted on the device, read as integers afterwards.
+    """
+
+    values: int = 0
+    _saturated: list[torch.Tensor] = field(default_factory=list)
+    _non_finite: list[torch.Tensor] = field(default_factory=list)
+
+    def count(self, x_TH: torch.Tensor, limit_H: torch.Tensor | None) -> None:
+        """Takes in one message; `limit_H` is None for formats whose scales follow the values."""
+        magnitude_TH = x_TH.abs()
+        finite_TH = magnitude_TH < torch.inf  # False for NaN too
+        self.values += x_TH.numel()
+        self._non_finite = [torch.stack([*self._non_finite, (~finite_TH).sum()]).sum()]
+        if limit_H is not None:
+            self._saturated = [torch.stack([*self._saturated, (finite_TH & (magnitude_TH >= limit_H)).sum()]).sum()]
+
+    @property
+    def saturated(self) -> int:
+        return sum(int(count) for count in self._saturated)
+
+    @property
+    def non_finite(self) -> int:
+        return sum(int(count) for count in self._non_finite)
+
+
+#: One counter a sync point, filled while a model that was built with it runs.
+SaturationLog = dict[str, SaturationCounter]
+
+
+def saturation_limits(
+    scale_RD: torch.Tensor, body_index: torch.Tensor | None, hidden: int, largest_code: int
+) -> torch.Tensor:
+    """`[R, H]`: magnitude from which a value is clamped; infinite for features that travel as BF16."""
+    limit_RD = (largest_code + 0.5) * scale_RD
+    if body_index is None:
+        return limit_RD
+    limit_RH = scale_RD.new_full((scale_RD.shape[0], hidden), torch.inf)
+    limit_RH[:, body_index] = limit_RD
+    return limit_RH
