@@ -11,9 +11,9 @@ from helpers import model_cases
 from helpers.model_cases import generate, prompt_of
 
 from checkpoints_conv.convert import convert
-from megatron_lowbit.calibrate import calibrate
 from megatron_lowbit.calibration.artifact import STATISTICS
-from megatron_lowbit.evaluate import evaluate
+from megatron_lowbit.calibration_run import calibrate
+from megatron_lowbit.evaluation import evaluate
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.sampling import SamplingParams
 from megatron_lowbit.sharding import cut_evenly

@@ -37,7 +37,7 @@ class Workshop:
 
 
 def call(*words: object, code: int = 0, torchrun: int = 0, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own, away from the repository; `torchrun` ranks start it where given."""
+    """Runs the command line in a process of its own, `torchrun`: started by it on that many ranks."""
     command = [sys.executable, "-m"]
     if torchrun:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun), "-m"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from megatron_lowbit.calibrate import calibrate
 from megatron_lowbit.calibration.artifact import STATISTICS, CommCalibration
+from megatron_lowbit.calibration_run import calibrate
 from megatron_lowbit.comm.schemes import parse_scheme
-from megatron_lowbit.evaluate import evaluate
+from megatron_lowbit.evaluation import evaluate
 from megatron_lowbit.generate import TokenGeneration
 from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.parallel import ParallelContext, RankError

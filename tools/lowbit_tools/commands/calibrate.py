@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lowbit_tools import local_ranks, model_arguments, output
 from lowbit_tools.demo_text import demo_text
-from megatron_lowbit.calibrate import calibrate, text_digest
-from megatron_lowbit.text_windows import text_windows
+from megatron_lowbit.calibration_run import calibrate, text_digest
+from megatron_lowbit.windows import text_windows
 
 NAME = "calibrate"
 HELP = "Record the value ranges at every sync point, once per model and tensor-parallel size."

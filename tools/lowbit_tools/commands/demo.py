@@ -15,18 +15,18 @@ from lowbit_tools.demo_model import fetch_demo_model
 from lowbit_tools.demo_text import demo_text
 from lowbit_tools.hub import resolve_model
 from lowbit_tools.plots import quality_against_bits
-from megatron_lowbit.calibrate import calibrate, text_digest
 from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.calibration_run import calibrate, text_digest
 from megatron_lowbit.checkpoint.tensor_parallel import TensorParallelCheckpoint
 from megatron_lowbit.comm.schemes import parse_scheme
-from megatron_lowbit.evaluate import evaluate
+from megatron_lowbit.evaluation import evaluate
 from megatron_lowbit.generate import TokenGeneration
 from megatron_lowbit.llm import LLM
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.sampling import SamplingParams
-from megatron_lowbit.text_windows import text_windows
 from megatron_lowbit.tokenizer import Tokenizer
 from megatron_lowbit.weights import DTYPES, ModelWeights, load_weights
+from megatron_lowbit.windows import text_windows
 
 NAME = "demo"
 HELP = "Run a real model tensor-parallel at 16 and at 4.19 bits, and compare text, quality, bytes and speed."

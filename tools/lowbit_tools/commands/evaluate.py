@@ -12,8 +12,8 @@ from rich.table import Table
 
 from lowbit_tools import local_ranks, model_arguments, output
 from lowbit_tools.demo_text import demo_text
-from megatron_lowbit.evaluate import evaluate
-from megatron_lowbit.text_windows import text_windows
+from megatron_lowbit.evaluation import evaluate
+from megatron_lowbit.windows import text_windows
 
 NAME = "eval"
 HELP = "Measure what schemes do to a model's predictions on text."
