@@ -55,7 +55,7 @@ if [[ "$extras" != run ]]; then
     target="${repository}[$extras]"
 fi
 "${pip[@]}" install -c "$repository/constraints.txt" -e "$target"
-if ! "$environment/bin/python" -c 'import lowbit_kernels._codec' 2>/dev/null; then
+if ! "$environment/bin/python" -c 'import lowbit_kernels; lowbit_kernels.get_backend("cpu")' 2>/dev/null; then
     echo "note: no C compiler found (gcc or clang): codecs run in plain torch, with the same results but slower"
 fi
 echo "$fingerprint" >"$stamp"

@@ -14,6 +14,7 @@ import pytest
 from helpers.tiny_models import random_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+#: the stable keys, in their order; more may follow
 EVAL_ROW = [
     "scheme", "stages", "reduce_bits_per_value", "gather_bits_per_value", "sent_nbytes_per_token_per_rank",
     "perplexity", "perplexity_ratio", "kl_mean", "kl_stderr", "top1_agreement", "tokens", "prefill_tokens_per_s",
@@ -117,7 +118,7 @@ def test_eval_writes_a_row_a_scheme(workshop: Workshop, ranks: str) -> None:
     assert facts["tp"] == 2 and facts["virtual_ranks"] == (ranks == "--virtual-tp") and facts["windows"] == 3
     assert [row["scheme"] for row in rows] == SCHEMES
     for row in rows:
-        assert list(row) == EVAL_ROW
+        assert list(row)[: len(EVAL_ROW)] == EVAL_ROW
         assert row["tokens"] == 3 * 63 and row["prefill_tokens_per_s"] > 0
         assert row["stages"] == (1 if row["scheme"].endswith("one-stage") else 2)
         assert (row["gather_bits_per_value"] is None) == (row["stages"] == 1)
