@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,15 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     context = local_ranks.context_of(args)
     screen = output.console(context)
+    began = time.perf_counter()
+
+    def step(what: str) -> None:
+        screen.print(f"{what} ({time.perf_counter() - began:.0f} s so far)")
+
     if context.size < 2:
         raise ValueError("the demo compares what ranks send each other: start at least 2 with --tp 2 or torchrun")
     calibration_text, evaluation_text = context.together(functools.partial(_texts, args.text))
-    screen.print(f"[1/5] checkpoint for {context.size} ranks")
+    step(f"[1/5] checkpoint for {context.size} ranks")
     checkpoint = context.together(functools.partial(_converted, args, context))
     checkpoint = Path(context.broadcast_json(str(checkpoint)))
     tokenizer = Tokenizer.from_directory(checkpoint)
@@ -67,10 +73,10 @@ def run(args: argparse.Namespace) -> None:
     what = str(args.text or "the Python manual's prose")
     windows = text_windows(tokenizer, evaluation_text, args.windows, args.length, 1, what)
 
-    screen.print("[2/5] calibration")
+    step("[2/5] calibration")
     calibration = _calibrated(args, weights, tokenizer, calibration_text, what)
 
-    screen.print(f"[3/5] {SHOWN[0]} and {SHOWN[1]} answer: {args.prompt}")
+    step(f"[3/5] {SHOWN[0]} and {SHOWN[1]} answer: {args.prompt}")
     models = {
         name: LLM(weights, scheme=name, calibration=calibration, tokenizer=tokenizer, context=context)
         for name in SCHEMES
@@ -80,10 +86,10 @@ def run(args: argparse.Namespace) -> None:
         _answer(models[name], args.prompt, screen)
     screen.rule()
 
-    screen.print("[4/5] decode speed")
+    step("[4/5] decode speed")
     decode_speed = _decode_speed(models, windows[0][:64])
 
-    screen.print("[5/5] quality on held-out text")
+    step("[5/5] quality on held-out text")
     with output.progress_bar("evaluating (passes)", context) as progress:
         evaluated = evaluate(weights, SCHEMES, windows, calibration, progress)
     rows = [asdict(row) | {"decode_tokens_per_s": decode_speed[row.scheme]} for row in evaluated]
