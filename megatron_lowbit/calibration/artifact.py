@@ -87,7 +87,11 @@ class CommCalibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, struct.error) as error:
             raise ValueError(f"calibration {path} is damaged ({error}); {again}") from error
-        tp, hidden = int(metadata["tp"]), int(metadata["hidden"])
+        try:
+            tp, hidden, sequences, length = (int(metadata[key]) for key in ("tp", "hidden", "sequences", "length"))
+            fingerprint, text_sha256 = metadata["fingerprint"], metadata["text_sha256"]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"calibration {path} is damaged (its header: {error}); {again}") from error
         expected = {
             "partial_min": (tp, hidden),
             "partial_max": (tp, hidden),
@@ -102,17 +106,19 @@ class CommCalibration:
                     f"calibration {path}: {full_name} is {tensor.dtype} {tuple(tensor.shape)}, expected float32 "
                     f"{expected.get(statistic, 'nothing of that name')}; {again}"
                 )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"calibration {path}: {full_name} holds values that are not finite; {again}")
             points.setdefault(name, {})[statistic] = tensor
         incomplete = [name for name, statistics in points.items() if set(statistics) != set(STATISTICS)]
         if incomplete or not points:
             raise ValueError(f"calibration {path} lacks statistics of {incomplete or 'every sync point'}; {again}")
         return cls(
-            fingerprint=metadata["fingerprint"],
+            fingerprint=fingerprint,
             tp=tp,
             hidden=hidden,
-            sequences=int(metadata["sequences"]),
-            length=int(metadata["length"]),
-            text_sha256=metadata["text_sha256"],
+            sequences=sequences,
+            length=length,
+            text_sha256=text_sha256,
             sync_points={name: SyncPointStatistics(**statistics) for name, statistics in points.items()},
         )
 
