@@ -16,7 +16,6 @@ from megatron_lowbit.parallel import CommunicationError, RankError
 
 COMMANDS = (convert, calibrate, generate, evaluate, bench, demo)
 USER_ERROR = 2
-INTERRUPTED = 130
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if _is_first():
             print("megatron-lowbit: interrupted; nothing half-written was left behind", file=sys.stderr)
-        return INTERRUPTED
+        return local_ranks.INTERRUPTED
     return 0
 
 

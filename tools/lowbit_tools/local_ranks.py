@@ -14,6 +14,9 @@ import torch
 from megatron_lowbit.parallel import ParallelContext
 
 
+INTERRUPTED = 130
+
+
 def add_arguments(parser: argparse.ArgumentParser, virtual: bool) -> None:
     """`--tp`, `--device` and, where virtual ranks make sense, `--virtual-tp`."""
     group = parser.add_mutually_exclusive_group()
@@ -69,7 +72,8 @@ def launch(ranks: int, words: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # a failing rank has already said why in one line; the launcher's own report would bury it
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     config = LaunchConfig(
         min_nodes=1,
@@ -86,6 +90,6 @@ def launch(ranks: int, words: Sequence[str]) -> int:
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         return next((code for code in codes if code > 0), 1)
-    except SignalException as error:
-        raise KeyboardInterrupt from error
+    except SignalException:  # the ranks got it too, and the first of them says so
+        return INTERRUPTED
     return 0
