@@ -9,6 +9,7 @@ from megatron_lowbit.parallel import ParallelContext
 # Shapes: N rows, V' this rank's part of the vocabulary (may be empty), K candidates, R ranks.
 
 _ROWS_AT_ONCE = 32
+_MAGNITUDE = 0x7FFFFFFF  # all bits of an int32 but the sign
 
 
 def log_normaliser(context: ParallelContext, logits_NV: torch.Tensor, purpose: str) -> torch.Tensor:
@@ -41,22 +42,36 @@ def top_candidates(
     Sorted from large to small, of equal logits the lower token first. Each rank sends its own best `count`.
     """
     if count == 1 and logits_NV.shape[1]:
-        values_NK, local = logits_NV.max(dim=-1, keepdim=True)
+        values_NK, local_NK = logits_NV.max(dim=-1, keepdim=True)  # the first of equal ones
+        keys_NK = _sort_keys(values_NK, local_NK + first_token)
     else:
-        values_NK, local = logits_NV.topk(min(count, logits_NV.shape[1]), dim=-1)
-    tokens_NK = local + first_token
+        keys_NK = _largest_keys(logits_NV, first_token, min(count, logits_NV.shape[1]))
     if context.size > 1 and not context.virtual:
-        rows = logits_NV.shape[0]
-        packed = torch.zeros(2, rows, count, dtype=torch.int32, device=logits_NV.device)
-        found = values_NK.shape[1]
-        padded = values_NK.new_full((rows, count), -torch.inf)
-        padded[:, :found] = values_NK
-        packed[0] = padded.view(torch.int32)
-        packed[1, :, :found] = tokens_NK.int()
-        gathered = context.all_gather(packed, purpose)  # [R, 2, N, K]
-        values_NK = gathered[:, 0].permute(1, 0, 2).reshape(rows, -1).view(torch.float32)
-        tokens_NK = gathered[:, 1].permute(1, 0, 2).reshape(rows, -1).long()
-    by_token = tokens_NK.argsort(dim=-1)
-    values_NK, tokens_NK = values_NK.gather(1, by_token), tokens_NK.gather(1, by_token)
-    by_value = values_NK.argsort(dim=-1, descending=True, stable=True)[:, :count]
-    return values_NK.gather(1, by_value), tokens_NK.gather(1, by_value)
+        padded = keys_NK.new_full((keys_NK.shape[0], count), torch.iinfo(torch.int64).min)
+        padded[:, : keys_NK.shape[1]] = keys_NK
+        gathered_RNK = context.all_gather(padded, purpose)
+        keys_NK = gathered_RNK.transpose(0, 1).flatten(1).topk(count, dim=-1).values
+    bits = (keys_NK >> 32).int()
+    values = (bits ^ ((bits >> 31) & _MAGNITUDE)).view(torch.float32)
+    return values, _MAGNITUDE - (keys_NK & 0xFFFFFFFF)
+
+
+def _largest_keys(logits_NV: torch.Tensor, first_token: int, count: int) -> torch.Tensor:
+    """Sort keys `[N, count]` of each row, descending.
+
+    `topk` takes any of the tokens that share the last place, and with bf16 products equal logits are common: it only
+    says how large a logit must be.
+    """
+    keys_NK = torch.empty(logits_NV.shape[0], count, dtype=torch.int64, device=logits_NV.device)
+    least_N1 = logits_NV.topk(count, dim=-1).values[:, -1:]
+    for keys_K, logits_V, least in zip(keys_NK, logits_NV, least_N1, strict=True):
+        local = (~(logits_V < least)).nonzero().flatten()  # NaN among them
+        keys_K.copy_(_sort_keys(logits_V[local], local + first_token).topk(count).values)
+    return keys_NK
+
+
+def _sort_keys(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """int64 that orders by logit, of equal ones the lower token first: no two are equal, so any sort will do."""
+    bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ordered = bits ^ ((bits >> 31) & _MAGNITUDE)  # integers in the order of the floats
+    return (ordered.long() << 32) | (_MAGNITUDE - tokens)
