@@ -13,7 +13,6 @@ import torch
 
 from megatron_lowbit.parallel import ParallelContext
 
-
 INTERRUPTED = 130
 
 
