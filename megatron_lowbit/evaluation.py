@@ -88,15 +88,18 @@ def evaluate(
     parsed = [parse_scheme(scheme) if isinstance(scheme, str) else scheme for scheme in schemes]
     exact = parse_scheme("exact")
     # `exact` is always run first: it is the reference, whether a row was asked for or not
-    runs = [exact, *(scheme for scheme in parsed if scheme.name != exact.name)]
+    others = {scheme.name: scheme for scheme in parsed if scheme.name != exact.name}
+    runs = [exact, *others.values()]
     tallies = {scheme.name: _Tally() for scheme in runs}
     models = {
         scheme.name: weights.build_with_scheme(scheme, calibration, backend, tallies[scheme.name].saturation)
         for scheme in runs
     }
     warm_up = TokenBatch.prompts([windows[0]], context.device)
-    for model in models.values():
+    for name, model in models.items():
         model(warm_up)
+        for counter in tallies[name].saturation.values():
+            counter.reset()
     done = 0
     for window in windows:
         reference: _Reference | None = None

@@ -30,6 +30,10 @@ class SaturationCounter:
         if limit_H is not None:
             self._saturated = [torch.stack([*self._saturated, (finite_TH & (magnitude_TH >= limit_H)).sum()]).sum()]
 
+    def reset(self) -> None:
+        self.values = 0
+        self._saturated, self._non_finite = [], []
+
     @property
     def saturated(self) -> int:
         return sum(int(count) for count in self._saturated)
