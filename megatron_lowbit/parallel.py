@@ -208,7 +208,8 @@ class ParallelContext:
         for rank, text in failing:
             texts.setdefault(text, []).append(rank)
         parts = [
-            text if len(ranks) == self.size else f"rank {_ranks_text(ranks)}: {text}" for text, ranks in texts.items()
+            text if len(ranks) == len(problems) else f"rank {_ranks_text(ranks)}: {text}"
+            for text, ranks in texts.items()
         ]
         raise RankError("; ".join(parts))
 
