@@ -218,7 +218,9 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out}: the folder is not empty and not a converted checkpoint; give a new folder")
     strangers = {path.name for path in out.iterdir()} - {MANIFEST_FILE, *Manifest.read(out).files}
     if not overwrite:
-        raise ValueError(f"{out}: a converted checkpoint is there already; give a new folder or ask to overwrite it")
+        raise ValueError(
+            f"{out}: a converted checkpoint is there already; give a new folder, or overwrite it (--overwrite)"
+        )
     if strangers:
         raise ValueError(f"{out}: {min(strangers)} is not part of the checkpoint to overwrite; move it away first")
 

@@ -33,7 +33,8 @@ NAME = "demo"
 HELP = "Run a real model tensor-parallel at 16 and at 4.19 bits, and compare text, quality, bytes and speed."
 SCHEMES = ("bf16", "int4", "int4-random", "int4-outlier", "int8-group")
 SHOWN = ("bf16", "int4-outlier")
-DECODE_TOKENS = 32
+DEMO_MODEL = "SmolLM2-135M-Instruct"
+DECODE_TOKENS = 17
 LEAST_CALIBRATION = 16
 
 
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("quickstart"), metavar="DIR", help="default: quickstart")
     parser.add_argument("--prompt", default="Why is the sky blue?", help="what the model is asked")
     parser.add_argument("--sequences", type=int, default=128, metavar="N", help="calibration sequences at most")
-    parser.add_argument("--windows", type=int, default=12, metavar="N", help="evaluation windows at most (default: 12)")
+    parser.add_argument("--windows", type=int, default=8, metavar="N", help="evaluation windows at most (default: 8)")
     parser.add_argument("--length", type=int, default=512, metavar="T", help="tokens a sequence (default: 512)")
     local_ranks.add_arguments(parser, virtual=False)
 
@@ -119,17 +120,15 @@ def _converted(args: argparse.Namespace, context: ParallelContext) -> Path | Non
     """The converted checkpoint below `--out`, made by rank 0 unless an earlier run left it."""
     if not context.is_first:
         return None
-    if args.model is None:
-        with output.progress_bar("fetching SmolLM2-135M-Instruct (bytes)") as progress:
-            source = fetch_demo_model(args.out / "downloads", lambda step, done, total: progress(done, total))
-        name = "SmolLM2-135M-Instruct"
-    else:
-        source = resolve_model(args.model)
-        name = source.stem if source.is_file() else source.name
+    source = None if args.model is None else resolve_model(args.model)
+    name = DEMO_MODEL if source is None else source.stem if source.is_file() else source.resolve().name
     target = args.out / f"{name}-tp{context.size}"
     if target.is_dir():
         TensorParallelCheckpoint(target)  # raises where it is damaged, naming the file
         return target
+    if source is None:
+        with output.progress_bar(f"fetching {DEMO_MODEL} (bytes)") as progress:
+            source = fetch_demo_model(args.out / "downloads", lambda step, done, total: progress(done, total))
     with output.progress_bar("converting (bytes)") as progress:
         convert(source, target, context.size, DTYPES["bf16"], progress=progress)
     return target
