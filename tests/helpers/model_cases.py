@@ -16,7 +16,7 @@ from megatron_lowbit.generate import TokenGeneration
 from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.parallel import ParallelContext, RankError
 from megatron_lowbit.sampling import SamplingParams
-from megatron_lowbit.weights import ModelWeights, load_weights
+from megatron_lowbit.weights import DTYPES, ModelWeights, load_weights
 
 
 def prompt_of(vocab_size: int, length: int, start: int = 3) -> list[int]:
@@ -49,12 +49,16 @@ def generate(
     return tokens
 
 
-def rank_logits(context: ParallelContext, path: str, prompt: list[int], schemes: list[str]) -> dict[str, Any]:
+def rank_logits(
+    context: ParallelContext, path: str, prompt: list[int], schemes: list[str], dtype: str = "fp32",
+    calibration: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Hidden states and this rank's logits of each scheme."""
-    weights = load_weights(Path(path), context, torch.float32)
+    weights = load_weights(Path(path), context, DTYPES[dtype])
+    ranges = None if calibration is None else CommCalibration.load(Path(calibration))
     results = {}
     for scheme in schemes:
-        model = weights.build_with_scheme(parse_scheme(scheme))
+        model = weights.build_with_scheme(parse_scheme(scheme), ranges)
         hidden_TH = model(TokenBatch.prompts([prompt], context.device))
         results[f"{scheme}.hidden"] = hidden_TH
         results[f"{scheme}.logits"] = model.head.precise_logits(hidden_TH)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 _SHARED = dict(
     num_hidden_layers=2, max_position_embeddings=96, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=None,
@@ -62,6 +64,8 @@ def random_llama(**sizes: Any) -> LlamaForCausalLM:
 
     transformers' own initialisation (0.02) would hide nearly anything below the tolerance.
     """
+    from transformers import LlamaConfig, LlamaForCausalLM  # here, since every test loads this file and few need it
+
     torch.manual_seed(1234)
     model = LlamaForCausalLM(LlamaConfig(**{**_SHARED, **sizes})).float().eval()
     for name, weight in model.named_parameters():
