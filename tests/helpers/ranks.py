@@ -85,6 +85,7 @@ class RankGroup:
         self._started += 1
         store = Path(self._folder.name) / f"store-{self._started}"
         for rank in range(self.size):
+            self._log(rank).touch()
             here, there = processes.Pipe()
             process = processes.Process(
                 target=_serve, args=(there, rank, self.size, str(store), str(self._log(rank))), daemon=True
