@@ -35,7 +35,8 @@ class GenerationTimes:
 class TokenGeneration:
     """One batch of prompts being continued. All ranks make the same calls and get the same tokens.
 
-    prompts: token ids, each at least one. Raises ValueError where a prompt does not fit the model's context.
+    prompts: token ids, each at least one. Raises ValueError (RankError on several ranks)
+    where a prompt does not fit the model's context.
     """
 
     model: Decoder
@@ -45,6 +46,16 @@ class TokenGeneration:
     times: GenerationTimes = field(init=False, default_factory=GenerationTimes)
 
     def __post_init__(self) -> None:
+        self.model.context.together(self._check_prompts)
+        self.active = list(range(len(self.prompts)))
+        self._sampler = Sampler(self.params, len(self.prompts))
+        limit = self.model.config.max_position
+        longest = max((len(prompt) for prompt in self.prompts), default=0)
+        capacity = min(longest + self.params.max_new_tokens, limit)
+        self._cache = self.model.new_cache(len(self.prompts), capacity)
+        self._last: dict[int, int] = {}
+
+    def _check_prompts(self) -> None:
         limit = self.model.config.max_position
         for number, prompt in enumerate(self.prompts):
             if not prompt:
@@ -54,12 +65,6 @@ class TokenGeneration:
                     f"prompt {number} has {len(prompt)} tokens, the model's context holds {limit} including at least "
                     "one new token; shorten the prompt"
                 )
-        self.active = list(range(len(self.prompts)))
-        self._sampler = Sampler(self.params, len(self.prompts))
-        longest = max((len(prompt) for prompt in self.prompts), default=0)
-        capacity = min(longest + self.params.max_new_tokens, limit)
-        self._cache = self.model.new_cache(len(self.prompts), capacity)
-        self._last: dict[int, int] = {}
 
     def step(self) -> dict[int, int]:
         """The next token of every active sequence: prefill on the first call, one decode step on later ones."""

@@ -105,7 +105,8 @@ class LLM:
         self, conversations: Sequence[Sequence[dict[str, str]]], params: SamplingParams | None = None
     ) -> Iterator[TextEvent]:
         """Like `stream`, for conversations of `{"role": …, "content": …}` messages."""
-        yield from self._stream([self.chat_prompt(messages) for messages in conversations], params or SamplingParams())
+        prompts = self.weights.context.together(lambda: [self.chat_prompt(messages) for messages in conversations])
+        yield from self._stream(prompts, params or SamplingParams())
 
     def _collect(self, count: int, events: Iterator[TextEvent]) -> list[Completion]:
         texts, tokens = [""] * count, [()] * count  # type: list[str], list[tuple[int, ...]]

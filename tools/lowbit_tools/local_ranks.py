@@ -8,6 +8,7 @@ import os
 import sys
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -56,12 +57,18 @@ def check_nothing(args: argparse.Namespace) -> None:
 
 
 def context_of(args: argparse.Namespace) -> ParallelContext:
-    """The parallel context the arguments and the environment describe."""
+    """The parallel context the arguments and the environment describe.
+
+    Raises RankError on all ranks where one was started with other arguments (paths may differ between hosts).
+    """
     virtual = getattr(args, "virtual_tp", None)
     if virtual is not None:
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         return ParallelContext.virtual_ranks(virtual, device)
-    return ParallelContext.from_environment(args.device)
+    context = ParallelContext.from_environment(args.device)
+    comparable = {name: value for name, value in vars(args).items() if not (isinstance(value, Path) or callable(value))}
+    context.agree_same(comparable, "the command line")
+    return context
 
 
 def launch(ranks: int, words: Sequence[str]) -> int:
