@@ -21,13 +21,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         hidden_size=81, num_attention_heads=9, num_key_value_heads=3, head_dim=8, intermediate_size=97,
         vocab_size=131, tie_word_embeddings=False,
     ),
-    # biases everywhere, tied embeddings, and a rotary embedding stretched as in Llama 3
+    # biases everywhere, tied embeddings, and a rotary embedding stretched as in Llama 3: of its wavelengths 6.3 is kept,
+    # 17.7 lies in between, the others are stretched
     "biased": dict(
         hidden_size=66, num_attention_heads=6, num_key_value_heads=2, head_dim=12, intermediate_size=80,
         vocab_size=127, tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
         rope_scaling=dict(
             rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500.0,
-            original_max_position_embeddings=24,
+            original_max_position_embeddings=32,
         ), rope_theta=500.0,
     ),
     # at 3 ranks one has no head, at 5 some have no head, no feature of the ffn and no token

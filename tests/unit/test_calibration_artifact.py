@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -98,6 +99,14 @@ def test_an_interrupted_save_leaves_the_old_file(path, monkeypatch):
         made(seed=1).save(path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "no temporary file is left"
+
+
+def test_the_new_file_takes_the_place_of_the_old_one_at_once(path, tmp_path):
+    """A rename, not a rewrite: whoever has the old file open keeps it whole, and nobody ever sees half of the new."""
+    before = path.read_bytes()
+    os.link(path, tmp_path / "held")
+    made(seed=1).save(path)
+    assert (tmp_path / "held").read_bytes() == before != path.read_bytes()
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path):

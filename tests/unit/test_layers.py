@@ -152,7 +152,7 @@ def test_rotary_equals_transformers(tiny_models, variant):
     assert (config.rope_scaling is not None) == (variant == "biased")
     theirs = LlamaRotaryEmbedding(tiny_models.hf(variant).config)
     torch.testing.assert_close(inverse_frequencies(config), theirs.inv_freq, rtol=1e-6, atol=0)
-    positions = torch.tensor([0, 1, 5, 23, 24, 95])
+    positions = torch.tensor([0, 1, 5, 31, 32, 95])
     query = randn(6, 3, config.head_dim)
     cos, sin = theirs(query, positions[None])
     expected, _ = apply_rotary_pos_emb(query.transpose(0, 1)[None], query.transpose(0, 1)[None], cos, sin)
@@ -162,15 +162,12 @@ def test_rotary_equals_transformers(tiny_models, variant):
 
 
 def test_scaled_frequencies_by_hand():
-    """Wavelengths below 24/4 stay, above 24/1 are stretched 4 times, between them it changes over smoothly."""
-    config = ModelConfig(
-        "llama", 8, 8, 1, 1, 1, 6, 4, 96, 1e-5, 1000.0, True, RopeScaling(4.0, 1.0, 4.0, 24)
-    )  # fmt: skip
-    # wavelengths 2 pi * 1000^(2i/6) = 6.28, 62.8, 628: the first has 24 / 6.28 = 3.8197 turns, a share of
-    # (3.8197 - 1) / (4 - 1) = 0.9399 of the frequency 1 is kept, the rest divided by 4
-    share = (24 / (2 * torch.pi) - 1) / 3
-    expected = [share + (1 - share) / 4, 0.1 / 4, 0.01 / 4]
-    assert inverse_frequencies(config).tolist() == pytest.approx(expected, rel=1e-5)
+    """Wavelengths below 128/4 stay, above 128/1 are stretched 4 times, between them it changes over smoothly."""
+    config = ModelConfig("llama", 8, 8, 1, 1, 1, 8, 4, 512, 1e-5, 10000.0, True, RopeScaling(4.0, 1.0, 4.0, 128))
+    # wavelengths 2 pi / 10^-i: 6.28 stays; 62.8 has 128 / 62.8 = 2.0372 turns, a share of (2.0372 - 1) / (4 - 1) =
+    # 0.34573 of its frequency is kept and the rest divided by 4: 0.1 * (0.34573 + 0.65427 / 4) = 0.05093
+    expected = [1.0, 0.05093, 0.01 / 4, 0.001 / 4]
+    assert inverse_frequencies(config).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_scaling_without_meaning_is_refused():
