@@ -21,8 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         hidden_size=81, num_attention_heads=9, num_key_value_heads=3, head_dim=8, intermediate_size=97,
         vocab_size=131, tie_word_embeddings=False,
     ),
-    # biases everywhere, tied embeddings, and a rotary embedding stretched as in Llama 3: of its wavelengths 6.3 is kept,
-    # 17.7 lies in between, the others are stretched
+    # biases everywhere, tied embeddings, and a rotary embedding stretched as in Llama 3: of its wavelengths 6.3 is
+    # kept, 17.7 lies in between, the others are stretched
     "biased": dict(
         hidden_size=66, num_attention_heads=6, num_key_value_heads=2, head_dim=12, intermediate_size=80,
         vocab_size=127, tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
