@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers.messages import digest, draw_message
+from helpers.messages import digest, draw_message, draw_wide_message
 from torch.distributed import distributed_c10d
 
 from megatron_lowbit.comm.all_reduce import build_all_reduce
@@ -48,11 +48,11 @@ def counted_sends() -> Iterator[dict[str, int]]:
             setattr(dist, name, original)
 
 
-def messages(context: ParallelContext, seeds: list[int], backends: list[str]) -> dict[str, Any]:
+def messages(context: ParallelContext, seeds: list[int], backends: list[str], wide: bool = False) -> dict[str, Any]:
     """Result digest, places that are not finite, and traffic of each message; backends may differ between ranks."""
     rows = []
     for seed in seeds:
-        message = draw_message(seed, context.size)
+        message = (draw_wide_message if wide else draw_message)(seed, context.size)
         backend = backends[(seed + context.rank) % len(backends)]
         hidden = message.partials[0].shape[1]
         all_reduce = build_all_reduce(context, message.scheme, hidden, message.constants, backend)

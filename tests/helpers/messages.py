@@ -70,7 +70,12 @@ def random_values(
 
 
 def draw_message(
-    seed: int, ranks: int, scheme_name: str | None = None, tokens: int | None = None, hidden: int | None = None
+    seed: int,
+    ranks: int,
+    scheme_name: str | None = None,
+    tokens: int | None = None,
+    hidden: int | None = None,
+    most_values: int | None = 60_000,
 ) -> Message:
     """The message of a seed: T of 0 to 300 and H of 1 to 2000, mostly small, now and then with values not finite."""
     rng = random.Random(seed)
@@ -83,14 +88,20 @@ def draw_message(
     tokens = tokens if tokens is not None else rng.choice([0, 1, 2, ranks - 1, ranks, int(301 ** rng.random())])
     if hidden is None:
         hidden = rng.choice([1, 2, 63, 64, 65, 127, 128, 129, 576, int(2001 ** rng.random())])
-    if tokens * hidden > 60_000:  # large ones now and then, to keep the set fast
-        hidden = max(1, 60_000 // tokens)
+    if most_values is not None and tokens * hidden > most_values:  # keeps the usual set fast
+        hidden = max(1, most_values // tokens)
     constants = random_constants(scheme, ranks, hidden, generator, rng.choice([0.5, 3.0, 20.0]))
     special = rng.choice([0.0, 0.0, 0.0, 0.01, 0.2])
     magnitude = rng.choice([1.0, 1.0, 1e-3, 1e4, 1e37, 1e-41])
     dtype = rng.choice([torch.float32, torch.bfloat16])
     partials = [random_values((tokens, hidden), generator, magnitude, special).to(dtype) for _ in range(ranks)]
     return Message(seed, scheme, constants, partials)
+
+
+def draw_wide_message(seed: int, ranks: int) -> Message:
+    """Like `draw_message`, with T of 0 to 300 and H of 1 to 5,000 drawn evenly: large messages are the rule."""
+    rng = random.Random(f"wide {seed}")
+    return draw_message(seed, ranks, tokens=rng.randint(0, 300), hidden=rng.randint(1, 5000), most_values=None)
 
 
 def same_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:

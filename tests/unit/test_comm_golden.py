@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import golden
-from helpers.messages import ALL_SCHEMES, Message, draw_message, random_values
+from helpers.golden_messages import array, golden_all_reduce
+from helpers.messages import ALL_SCHEMES, draw_message, random_values
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -105,29 +106,6 @@ def test_two_stages_by_hand():
 
 
 # ---- drawn messages -------------------------------------------------------------------------------------------------
-
-
-def golden_format(wire: WireFormat, hidden: int) -> golden.Format:
-    return golden.Format(wire.bits, wire.group_size, hidden // wire.outlier_divisor if wire.outlier_divisor else 0)
-
-
-def array(tensor):
-    return None if tensor is None else tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-
-
-def golden_all_reduce(message: Message) -> np.ndarray:
-    scheme, constants = message.scheme, message.constants
-    hidden = message.partials[0].shape[1]
-    gather = None if scheme.gather_stage is None else golden_format(scheme.gather_stage, hidden)
-    gather_scale = None if constants.gather_scale_1D is None else array(constants.gather_scale_1D)[0]
-    return golden.all_reduce(
-        [array(partial) for partial in message.partials],
-        golden_format(scheme.reduce_stage, hidden),
-        gather,
-        array(constants.reduce_scale_RD),
-        gather_scale,
-        array(constants.outlier_index),
-    )
 
 
 def assert_same_bits(got: torch.Tensor, expected: np.ndarray, what: object) -> None:
