@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -63,9 +64,11 @@ def _lines(what: str) -> ProgressCallback:
 
 def table(title: str, rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]], caption: str) -> Table:
     """A rich table; `columns` maps each heading to how a row's cell reads."""
-    built = Table(title=title, caption=caption, caption_justify="left", title_justify="left")
+    built = Table(
+        title=title, caption=caption, caption_justify="left", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1)
+    )
     for index, heading in enumerate(columns):
-        built.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        built.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         built.add_row(*(cell(row) for cell in columns.values()))
     return built

@@ -68,15 +68,15 @@ def quality_table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -
     columns = {
         "scheme": lambda row: row["scheme"],
         "bits/value\nreduce / gather": bits,
-        "bytes sent/token\nper rank": lambda row: f"{row['sent_nbytes_per_token_per_rank']:,.0f}",
+        "bytes/token\nper rank": lambda row: f"{row['sent_nbytes_per_token_per_rank']:,.0f}",
         "perplexity": lambda row: f"{row['perplexity']:.2f}",
-        "to exact": lambda row: f"{100 * (row['perplexity_ratio'] - 1):+.1f} %",
-        "KL (nats/token)": lambda row: f"{row['kl_mean']:.4f} ± {row['kl_stderr']:.4f}",
-        "top-1 agreement": lambda row: f"{100 * row['top1_agreement']:.1f} %",
+        "perplexity\nto exact": lambda row: f"{100 * (row['perplexity_ratio'] - 1):+.1f} %",
+        "KL\n(nats/token)": lambda row: f"{row['kl_mean']:.4f} ± {row['kl_stderr']:.4f}",
+        "top-1\nagreement": lambda row: f"{100 * row['top1_agreement']:.1f} %",
         "saturated": lambda row: f"{100 * row['saturated_share']:.2f} %",
-        "prefill tokens/s": lambda row: f"{row['prefill_tokens_per_s']:,.0f}",
+        "prefill\ntokens/s": lambda row: f"{row['prefill_tokens_per_s']:,.0f}",
         **(
-            {"decode tokens/s": lambda row: f"{row['decode_tokens_per_s']:,.1f}"}
+            {"decode\ntokens/s": lambda row: f"{row['decode_tokens_per_s']:,.1f}"}
             if rows and "decode_tokens_per_s" in rows[0]
             else {}
         ),
