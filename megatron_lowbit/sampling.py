@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -45,13 +46,20 @@ class SamplingParams:
             raise ValueError("an empty stop string would stop at once; leave it out")
 
 
+def _stream_seed(seed: int, sequence: int) -> int:
+    """A seed for each sequence; sums would give sequence 1 of seed 0 the numbers of sequence 0 of seed 1."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{sequence}".encode()).digest()[:7], "little")
+
+
 class Sampler:
     """Draws the next tokens of a batch. Each sequence has its own random numbers, from the seed and its number."""
 
     def __init__(self, params: SamplingParams, sequences: int) -> None:
         self._params = params
         # one generator a sequence: what a prompt gets does not depend on the prompts beside it
-        self._generators = [torch.Generator().manual_seed(params.seed + index) for index in range(sequences)]
+        self._generators = [
+            torch.Generator().manual_seed(_stream_seed(params.seed, index)) for index in range(sequences)
+        ]
 
     def next_tokens(
         self, context: ParallelContext, head: VocabParallelHead, hidden_BH: torch.Tensor, sequences: list[int]

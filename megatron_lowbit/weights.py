@@ -56,7 +56,7 @@ class ModelWeights:
         that is missing or of another model or size. saturation: gets a counter for every sync point, if given.
         """
         model = self.context.together(lambda: self._build_with_scheme(scheme, calibration, backend, saturation))
-        self.context.agree_same(scheme.name, "the communication scheme")
+        self.context.agree_same(repr(scheme), "the communication scheme")
         # a rank decodes with its own copy of the senders' scales: other numbers there, and replicas drift apart unseen
         used = calibration.digest()[:12] if scheme.needs_calibration and calibration is not None else None
         self.context.agree_same(used, "the calibration")

@@ -9,6 +9,7 @@ import torch
 from megatron_lowbit.calibration.artifact import CommCalibration, SyncPointStatistics
 from megatron_lowbit.comm.constants import NO_CONSTANTS, SyncPointConstants, bf16_scale
 from megatron_lowbit.comm.schemes import CommScheme
+from megatron_lowbit.comm.wire_format import WireFormat
 
 # Shapes: R ranks, H hidden features, D body features, K outliers.
 
@@ -69,15 +70,17 @@ def constants_from_statistics(scheme: CommScheme, name: str, point: SyncPointSta
         is_body[outliers] = False
         body = is_body.nonzero().flatten()
 
-    def body_scale(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
-        scale = bf16_scale(_largest(minimum, maximum))
+    def body_scale(wire: WireFormat | None, minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor | None:
+        if wire is None or not wire.is_static:
+            return None
+        scale = bf16_scale(_largest(minimum, maximum), wire.bits)
         return (scale if body is None else scale[..., body]).contiguous()
 
     return SyncPointConstants(
         body_index=body,
         outlier_index=outliers,
-        reduce_scale_RD=body_scale(point.partial_min, point.partial_max),
-        gather_scale_1D=body_scale(point.sum_min, point.sum_max).unsqueeze(0),
+        reduce_scale_RD=body_scale(scheme.reduce_stage, point.partial_min, point.partial_max),
+        gather_scale_1D=body_scale(scheme.gather_stage, point.sum_min[None], point.sum_max[None]),
     )
 
 

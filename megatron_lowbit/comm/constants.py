@@ -12,9 +12,12 @@ import torch
 SCALE_FLOOR = 2.0**-100
 
 
-def bf16_scale(largest: torch.Tensor) -> torch.Tensor:
-    """FP32 tensor of static INT4 scales `largest / 7`, rounded to BF16 and floored: a dead feature encodes to 0."""
-    scale = (largest.float() / 7.0).to(torch.bfloat16).float()
+def bf16_scale(largest: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """FP32 tensor of static scales, `largest` over the largest code (7 of 4 bits), rounded to BF16.
+
+    Floored above 0, so that a dead feature encodes to 0.
+    """
+    scale = (largest.float() / (2 ** (bits - 1) - 1)).to(torch.bfloat16).float()
     return scale.clamp_min(SCALE_FLOOR)
 
 
