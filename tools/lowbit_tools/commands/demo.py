@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("quickstart"), metavar="DIR", help="default: quickstart")
     parser.add_argument("--prompt", default="Why is the sky blue?", help="what the model is asked")
     parser.add_argument("--sequences", type=int, default=128, metavar="N", help="calibration sequences at most")
-    parser.add_argument("--windows", type=int, default=8, metavar="N", help="evaluation windows at most (default: 8)")
+    parser.add_argument("--windows", type=int, default=6, metavar="N", help="evaluation windows at most (default: 6)")
     parser.add_argument("--length", type=int, default=512, metavar="T", help="tokens a sequence (default: 512)")
     local_ranks.add_arguments(parser, virtual=False)
 
@@ -153,7 +153,7 @@ def _calibrated(
 
 
 def _answer(llm: LLM, prompt: str, screen: Any) -> None:
-    params = SamplingParams(max_new_tokens=80)
+    params = SamplingParams(max_new_tokens=60)
     if llm.tokenizer.chat_template is None:
         events = llm.stream([prompt], params)
     else:
