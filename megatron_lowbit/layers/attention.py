@@ -108,12 +108,16 @@ class Attention(nn.Module):
             mask = None
             if start:
                 mask = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
+            if not self._groups_are_full:  # uneven groups: each query head gets a copy of its key-value head
+                key_MSD = key_MSD.index_select(0, self.kv_of_query)
+                value_MSD = value_MSD.index_select(0, self.kv_of_query)
             out = F.scaled_dot_product_attention(
                 query_NSD[None],
-                key_MSD.index_select(0, self.kv_of_query)[None],
-                value_MSD.index_select(0, self.kv_of_query)[None],
+                key_MSD[None],
+                value_MSD[None],
                 attn_mask=mask,
                 is_causal=mask is None,
+                enable_gqa=self._groups_are_full,
             )
             outputs.append(out[0].transpose(0, 1).flatten(1))
         return torch.cat(outputs)
