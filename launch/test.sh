@@ -13,4 +13,5 @@ python -m ruff format --check .
 echo "== mypy"
 python -m mypy
 echo "== pytest"
-exec python -m pytest "$@"
+# the latency suites run once each, untimed: whether they work, not how fast
+exec python -m pytest --benchmark-disable "$@"
