@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -18,29 +18,29 @@ class SaturationCounter:
     """
 
     values: int = 0
-    _saturated: list[torch.Tensor] = field(default_factory=list)
-    _non_finite: list[torch.Tensor] = field(default_factory=list)
+    _saturated: torch.Tensor | int = 0
+    _non_finite: torch.Tensor | int = 0
 
     def count(self, x_TH: torch.Tensor, limit_H: torch.Tensor | None) -> None:
         """Takes in one message; `limit_H` is None for formats whose scales follow the values."""
         magnitude_TH = x_TH.abs()
         finite_TH = magnitude_TH < torch.inf  # False for NaN too
         self.values += x_TH.numel()
-        self._non_finite = [torch.stack([*self._non_finite, (~finite_TH).sum()]).sum()]
+        self._non_finite = self._non_finite + (~finite_TH).sum()
         if limit_H is not None:
-            self._saturated = [torch.stack([*self._saturated, (finite_TH & (magnitude_TH >= limit_H)).sum()]).sum()]
+            self._saturated = self._saturated + (finite_TH & (magnitude_TH >= limit_H)).sum()
 
     def reset(self) -> None:
         self.values = 0
-        self._saturated, self._non_finite = [], []
+        self._saturated = self._non_finite = 0
 
     @property
     def saturated(self) -> int:
-        return sum(int(count) for count in self._saturated)
+        return int(self._saturated)
 
     @property
     def non_finite(self) -> int:
-        return sum(int(count) for count in self._non_finite)
+        return int(self._non_finite)
 
 
 #: One counter a sync point, filled while a model that was built with it runs.
