@@ -6,7 +6,6 @@ Source: GGUF's specification of the keys `tokenizer.ggml.*`.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +16,7 @@ import tokenizers
 
 from checkpoints_conv.byte_level_bpe import PRE_TOKENIZERS, tokenizer_json
 from checkpoints_conv.sentencepiece_model import NORMAL, UNKNOWN, USER_DEFINED, sentencepiece_model
+from megatron_lowbit.files import replacing
 
 _NAMED = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}
 
@@ -182,10 +182,5 @@ class _Refused:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write beside the place, then rename: a reader sees the old file or the new one, never half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as beside:
         beside.write_bytes(data)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -130,6 +130,11 @@ class ParallelContext:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def peers(self) -> list[int]:
+        """All other ranks, ascending."""
+        return [rank for rank in range(self.size) if rank != self.rank]
+
     def divide(self, count: int, what: str) -> int:
         """`count / size`, or a ValueError that names `what` and the sizes that would fit."""
         if count % self.size:
@@ -176,8 +181,7 @@ class ParallelContext:
         gathered = tensor.new_empty((self.size, *tensor.shape))
         gathered[self.rank] = tensor
         mine = gathered[self.rank]
-        peers = [rank for rank in range(self.size) if rank != self.rank]
-        self.exchange(dict.fromkeys(peers, mine), {rank: gathered[rank] for rank in peers}, purpose)
+        self.exchange(dict.fromkeys(self.peers, mine), {peer: gathered[peer] for peer in self.peers}, purpose)
         return gathered
 
     def all_gather_json(self, value: Any) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from megatron_lowbit.files import replacing
 
 FORMAT = "megatron-lowbit-calibration"
 VERSION = 1
@@ -60,13 +61,8 @@ class CommCalibration:
             "length": str(self.length),
             "text_sha256": self.text_sha256,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as beside:
+            save_file(tensors, beside, metadata)
 
     @classmethod
     def load(cls, path: Path) -> CommCalibration:

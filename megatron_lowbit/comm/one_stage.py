@@ -28,7 +28,7 @@ class OneStageAllReduce:
         packet_TB = self._codec.encode(partial_TH, sender=rank)
         packets_RTB = packet_TB.new_empty(size, *packet_TB.shape)
         packets_RTB[rank] = packet_TB
-        peers = [peer for peer in range(size) if peer != rank]
+        peers = self._context.peers
         self._context.exchange(
             dict.fromkeys(peers, packet_TB), {peer: packets_RTB[peer] for peer in peers}, REDUCE, self._name
         )

@@ -35,7 +35,7 @@ class TwoStageAllReduce:
 
     def _reduce_stage(self, partial_TH: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
         """FP32 sum `[S, H]` of the tokens this rank owns."""
-        rank, peers = self._context.rank, self._peers()
+        rank, peers = self._context.rank, self._context.peers
         packet_TB = self._reduce_codec.encode(partial_TH, sender=rank)
         start, stop = spans[rank]
         received = {peer: packet_TB.new_empty(stop - start, packet_TB.shape[1]) for peer in peers}
@@ -45,7 +45,7 @@ class TwoStageAllReduce:
         return self._reduce_codec.decode_sum([received[peer] for peer in range(self._context.size)])
 
     def _gather_stage(self, sum_SH: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
-        rank, peers = self._context.rank, self._peers()
+        rank, peers = self._context.rank, self._context.peers
         tokens = spans[-1][1]
         packet_TB = torch.empty(tokens, self._gather_codec.layout.row_nbytes, dtype=torch.uint8, device=sum_SH.device)
         mine = packet_TB[slice(*spans[rank])]
@@ -54,6 +54,3 @@ class TwoStageAllReduce:
         self._context.exchange(dict.fromkeys(peers, mine), incoming, GATHER, self._name)
         # every rank decodes every packet, its own included: replicas stay bit-identical
         return self._gather_codec.decode(packet_TB, sender=0)
-
-    def _peers(self) -> list[int]:
-        return [rank for rank in range(self._context.size) if rank != self._context.rank]

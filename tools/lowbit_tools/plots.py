@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+from megatron_lowbit.files import replacing
 
 _LABEL_STEP = 1.35  # a line of text, on the logarithmic axis
 _COLOURS = {"int4-outlier": "#c0392b", "int4": "#7f8c8d", "int4-random": "#b08b3e", "bf16": "#2c3e50"}
@@ -47,11 +48,8 @@ def quality_against_bits(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, 
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(path)
+        with replacing(path) as beside:
+            figure.savefig(beside, format="png")
     finally:
-        temporary.unlink(missing_ok=True)
         pyplot.close(figure)

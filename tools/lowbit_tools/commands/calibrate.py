@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     text = context.together(lambda: model_arguments.read_text(args.text) if args.text else demo_text()[0])
     what = str(args.text or "the built-in text")
     sequences = context.together(lambda: text_windows(tokenizer, text, args.sequences, args.length, AT_LEAST, what))
-    context.agree_same([text_digest(text), args.sequences, args.length], "the calibration text")
+    context.agree_same(text_digest(text), "the calibration text")
     with output.progress_bar("calibrating (sequences)", context) as progress:
         calibration = calibrate(weights, sequences, text_digest(text), progress)
     context.together(lambda: calibration.save(args.out) if context.is_first else None)

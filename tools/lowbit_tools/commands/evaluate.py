@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lowbit_tools import local_ranks, model_arguments, output
 from lowbit_tools.demo_text import demo_text
+from megatron_lowbit.calibration_run import text_digest
 from megatron_lowbit.evaluation import evaluate
 from megatron_lowbit.windows import text_windows
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     text = context.together(lambda: model_arguments.read_text(args.text) if args.text else demo_text()[1])
     what = str(args.text or "the built-in text")
     windows = context.together(lambda: text_windows(tokenizer, text, args.windows, args.length, 1, what))
-    context.agree_same([args.schemes, args.windows, args.length, len(text)], "the evaluation")
+    context.agree_same(text_digest(text), "the evaluation text")
     with output.progress_bar("evaluating (passes)", context) as progress:
         rows = [asdict(row) for row in evaluate(weights, schemes, windows, calibration, progress, args.backend)]
     facts = output.conditions(
