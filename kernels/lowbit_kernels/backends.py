@@ -32,6 +32,7 @@ class Backend(Protocol):
         inverse_scale: Tensor | None = None,
         body_index: Tensor | None = None,
         outlier_index: Tensor | None = None,
+        minimum: Tensor | None = None,
     ) -> None: ...
 
     def decode(
@@ -42,6 +43,8 @@ class Backend(Protocol):
         scale: Tensor | None = None,
         body_index: Tensor | None = None,
         outlier_index: Tensor | None = None,
+        minimum: Tensor | None = None,
+        add: bool = False,
     ) -> None: ...
 
     def decode_sum(
@@ -52,6 +55,39 @@ class Backend(Protocol):
         scale_RH: Tensor | None = None,
         body_index: Tensor | None = None,
         outlier_index: Tensor | None = None,
+        minimum_RH: Tensor | None = None,
+    ) -> None: ...
+
+    def requantize(
+        self,
+        packets_RTB: Tensor | Sequence[Tensor],
+        layout: PacketLayout,
+        packet_TB: Tensor,
+        gather_layout: PacketLayout,
+        scale_RH: Tensor | None = None,
+        body_index: Tensor | None = None,
+        outlier_index: Tensor | None = None,
+        minimum_RH: Tensor | None = None,
+        *,
+        gather_inverse_scale: Tensor | None = None,
+        gather_body_index: Tensor | None = None,
+        gather_outlier_index: Tensor | None = None,
+        gather_minimum: Tensor | None = None,
+    ) -> None: ...
+
+    def decode_add_norm(
+        self,
+        packet_TB: Tensor,
+        layout: PacketLayout,
+        residual_TH: Tensor,
+        normed_TH: Tensor,
+        weight_H: Tensor,
+        eps: float,
+        scale: Tensor | None = None,
+        body_index: Tensor | None = None,
+        outlier_index: Tensor | None = None,
+        minimum: Tensor | None = None,
+        bias_H: Tensor | None = None,
     ) -> None: ...
 
 

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowbit_kernels.layout import PacketLayout
+from lowbit_kernels.layout import VALUE_BITS, PacketLayout
+
+# What a backend passes that has no `minimum` yet: it is held to the formats it knows.
+_NONE_KNOWN = torch.empty(0)
 
 
 def check_encode(
@@ -20,6 +23,7 @@ def check_encode(
     inverse_scale: Tensor | None,
     body_index: Tensor | None,
     outlier_index: Tensor | None,
+    minimum: Tensor | None = _NONE_KNOWN,
 ) -> None:
     """Raise TypeError for an x that is neither fp32 nor bf16, ValueError for anything else that does not fit."""
     if x_TH.dtype not in (torch.float32, torch.bfloat16):
@@ -29,9 +33,8 @@ def check_encode(
     tokens = x_TH.shape[0]
     _rows("x_TH", x_TH, (tokens, layout.features), x_TH.dtype, x_TH.device)
     _rows("packet_TB", packet_TB, (tokens, layout.row_nbytes), torch.uint8, x_TH.device)
-    shape = (layout.body,) if layout.static_scales else None
-    _side("inverse_scale", inverse_scale, shape, torch.float32, x_TH.device)
-    _indices(layout, body_index, outlier_index, x_TH.device)
+    _static("inverse_scale", inverse_scale, "minimum", minimum, layout, (), x_TH.device)
+    _indices("", layout, body_index, outlier_index, x_TH.device)
 
 
 def check_decode(
@@ -41,13 +44,13 @@ def check_decode(
     scale: Tensor | None,
     body_index: Tensor | None,
     outlier_index: Tensor | None,
+    minimum: Tensor | None = _NONE_KNOWN,
 ) -> None:
     """Raise ValueError for anything that does not fit."""
-    _out(out_TH, layout)
+    _out("out_TH", out_TH, layout)
     _rows("packet_TB", packet_TB, (out_TH.shape[0], layout.row_nbytes), torch.uint8, out_TH.device)
-    shape = (layout.body,) if layout.static_scales else None
-    _side("scale", scale, shape, torch.float32, out_TH.device)
-    _indices(layout, body_index, outlier_index, out_TH.device)
+    _static("scale", scale, "minimum", minimum, layout, (), out_TH.device)
+    _indices("", layout, body_index, outlier_index, out_TH.device)
 
 
 def check_decode_sum(
@@ -57,24 +60,91 @@ def check_decode_sum(
     scale_RH: Tensor | None,
     body_index: Tensor | None,
     outlier_index: Tensor | None,
+    minimum_RH: Tensor | None = _NONE_KNOWN,
 ) -> list[Tensor]:
     """Raise ValueError for anything that does not fit; return the packets as a list of R tensors [T, B] (views)."""
+    _out("out_TH", out_TH, layout)
+    return _packets(
+        packets_RTB, layout, out_TH.shape[0], out_TH.device, scale_RH, body_index, outlier_index, minimum_RH
+    )
+
+
+def check_requantize(
+    packets_RTB: Tensor | Sequence[Tensor],
+    layout: PacketLayout,
+    packet_TB: Tensor,
+    gather_layout: PacketLayout,
+    scale_RH: Tensor | None,
+    body_index: Tensor | None,
+    outlier_index: Tensor | None,
+    minimum_RH: Tensor | None,
+    gather_inverse_scale: Tensor | None,
+    gather_body_index: Tensor | None,
+    gather_outlier_index: Tensor | None,
+    gather_minimum: Tensor | None,
+) -> list[Tensor]:
+    """Raise ValueError for anything that does not fit; return the packets as a list of R tensors [T, B] (views)."""
+    if gather_layout.features != layout.features:
+        raise ValueError(
+            f"gather_layout has {gather_layout.features} features, layout has {layout.features}; they must be equal"
+        )
+    if packet_TB.dim() != 2:
+        raise ValueError(f"packet_TB has shape {tuple(packet_TB.shape)}; expected [T, {gather_layout.row_nbytes}]")
+    tokens, device = packet_TB.shape[0], packet_TB.device
+    _rows("packet_TB", packet_TB, (tokens, gather_layout.row_nbytes), torch.uint8, device)
+    _static("gather_inverse_scale", gather_inverse_scale, "gather_minimum", gather_minimum, gather_layout, (), device)
+    _indices("gather_", gather_layout, gather_body_index, gather_outlier_index, device)
+    return _packets(packets_RTB, layout, tokens, device, scale_RH, body_index, outlier_index, minimum_RH)
+
+
+def check_decode_add_norm(
+    packet_TB: Tensor,
+    layout: PacketLayout,
+    residual_TH: Tensor,
+    normed_TH: Tensor,
+    weight_H: Tensor,
+    scale: Tensor | None,
+    body_index: Tensor | None,
+    outlier_index: Tensor | None,
+    minimum: Tensor | None,
+    bias_H: Tensor | None,
+) -> None:
+    """Raise TypeError for a normed_TH that is neither fp32 nor bf16, ValueError for anything else that does not fit."""
+    _out("residual_TH", residual_TH, layout)
+    device = residual_TH.device
+    if normed_TH.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"normed_TH is {normed_TH.dtype}; decode_add_norm writes torch.float32 or torch.bfloat16")
+    _rows("normed_TH", normed_TH, tuple(residual_TH.shape), normed_TH.dtype, device)
+    _rows("weight_H", weight_H, (layout.features,), torch.float32, device)
+    if bias_H is not None:
+        _rows("bias_H", bias_H, (layout.features,), torch.float32, device)
+    check_decode(packet_TB, layout, residual_TH, scale, body_index, outlier_index, minimum)
+
+
+def _packets(
+    packets_RTB: Tensor | Sequence[Tensor],
+    layout: PacketLayout,
+    tokens: int,
+    device: torch.device,
+    scale_RH: Tensor | None,
+    body_index: Tensor | None,
+    outlier_index: Tensor | None,
+    minimum_RH: Tensor | None,
+) -> list[Tensor]:
     packets = list(packets_RTB.unbind(0) if isinstance(packets_RTB, Tensor) else packets_RTB)
     if not packets:
-        raise ValueError("packets_RTB holds no packet; decode_sum needs at least 1")
-    _out(out_TH, layout)
+        raise ValueError("packets_RTB holds no packet; a sum needs at least 1")
     for packet_TB in packets:
-        _rows("packets_RTB[r]", packet_TB, (out_TH.shape[0], layout.row_nbytes), torch.uint8, out_TH.device)
-    shape = (len(packets), layout.body) if layout.static_scales else None
-    _side("scale_RH", scale_RH, shape, torch.float32, out_TH.device)
-    _indices(layout, body_index, outlier_index, out_TH.device)
+        _rows("packets_RTB[r]", packet_TB, (tokens, layout.row_nbytes), torch.uint8, device)
+    _static("scale_RH", scale_RH, "minimum_RH", minimum_RH, layout, (len(packets),), device)
+    _indices("", layout, body_index, outlier_index, device)
     return packets
 
 
-def _out(out_TH: Tensor, layout: PacketLayout) -> None:
+def _out(name: str, out_TH: Tensor, layout: PacketLayout) -> None:
     if out_TH.dim() != 2:
-        raise ValueError(f"out_TH has shape {tuple(out_TH.shape)}; expected [T, {layout.features}]")
-    _rows("out_TH", out_TH, (out_TH.shape[0], layout.features), torch.float32, out_TH.device)
+        raise ValueError(f"{name} has shape {tuple(out_TH.shape)}; expected [T, {layout.features}]")
+    _rows(name, out_TH, (out_TH.shape[0], layout.features), torch.float32, out_TH.device)
 
 
 def _rows(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -87,6 +157,30 @@ def _rows(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         raise ValueError(
             f"{name} has strides {tensor.stride()}; the elements of a row must be adjacent (.contiguous())"
         )
+
+
+def _static(
+    scale_name: str,
+    scale: Tensor | None,
+    minimum_name: str,
+    minimum: Tensor | None,
+    layout: PacketLayout,
+    senders: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    """The static scales and minimums: one row for each of `senders`, or a single vector where that is empty."""
+    shape = (*senders, layout.body)
+    _side(scale_name, scale, shape if layout.needs_static else None, torch.float32, device)
+    if minimum is _NONE_KNOWN:
+        _refuse_what_is_new(layout)
+    else:
+        _side(minimum_name, minimum, shape if layout.needs_minimum else None, torch.float32, device)
+
+
+def _refuse_what_is_new(layout: PacketLayout) -> None:
+    known = layout.bits in (4, 8, *VALUE_BITS)
+    if not known or layout != PacketLayout(layout.features, layout.bits, layout.group_size, layout.outliers):
+        raise ValueError(f"this codec backend cannot read or write {layout} yet; take backend 'torch', which can")
 
 
 def _side(
@@ -103,8 +197,8 @@ def _side(
 
 
 def _indices(
-    layout: PacketLayout, body_index: Tensor | None, outlier_index: Tensor | None, device: torch.device
+    prefix: str, layout: PacketLayout, body_index: Tensor | None, outlier_index: Tensor | None, device: torch.device
 ) -> None:
     with_outliers = layout.outliers > 0
-    _side("body_index", body_index, (layout.body,) if with_outliers else None, torch.int64, device)
-    _side("outlier_index", outlier_index, (layout.outliers,) if with_outliers else None, torch.int64, device)
+    _side(f"{prefix}body_index", body_index, (layout.body,) if with_outliers else None, torch.int64, device)
+    _side(f"{prefix}outlier_index", outlier_index, (layout.outliers,) if with_outliers else None, torch.int64, device)

@@ -58,7 +58,7 @@ class Case:
         self.outlier_index = order[: self.layout.outliers].sort().values if self.layout.outliers else None
         self.body_index = order[self.layout.outliers :].sort().values if self.layout.outliers else None
         self.scale_RH = self.inverse_RH = None
-        if self.layout.static_scales:
+        if self.layout.needs_static:
             exponents = torch.randn(self.ranks, self.layout.body, generator=self.generator)
             spread = self.rng.choice([1.0, 3.0, 20.0])
             self.scale_RH = (exponents * spread).exp().bfloat16().float().clamp(2.0**-120, 2.0**120)

@@ -67,7 +67,7 @@ def test_wire_bits_per_value():
 
 @pytest.mark.parametrize(
     "arguments",
-    [(0, 4), (4, 3), (4, 4, -1), (4, 4, 0, 5), (4, 4, 0, -1), (4, 16, 2), (4, 32, 0, 1)],
+    [(0, 4), (4, 1), (4, 9), (4, 4, -1), (4, 4, 0, 5), (4, 4, 0, -1), (4, 16, 2), (4, 32, 0, 1)],
 )
 def test_layout_refuses(arguments):
     with pytest.raises(ValueError, match=r"is -?\d+|must both be 0"):
@@ -213,7 +213,7 @@ def test_no_tokens(bits, group_size, outliers):
         group_size = outliers = 0
     layout = PacketLayout(3, bits, group_size, outliers)
     packet = torch.empty(0, layout.row_nbytes, dtype=torch.uint8)
-    scale = torch.ones(layout.body) if layout.static_scales else None
+    scale = torch.ones(layout.body) if layout.needs_static else None
     indices = (index(range(outliers, 3)), index(range(outliers))) if outliers else (None, None)
     out = torch.empty(0, 3)
     reference.encode(out, layout, packet, scale, *indices)
