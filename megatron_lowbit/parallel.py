@@ -3,45 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_lowbit.transport.base import (
+    CommunicationError,
+    TrafficCounter,
+    Transport,
+    ranks_text,
+)
+from megatron_lowbit.transport.process_group import ProcessGroupTransport
+from megatron_lowbit.transport.rendezvous import connect_mesh, own_address
+
+logger = logging.getLogger(__name__)
+
 DEFAULT_TIMEOUT_S = 600.0
+TransportChoice = Literal["auto", "tcp", "process-group"]
 
 Result = TypeVar("Result")
 
 
 class RankError(RuntimeError):
     """Some rank failed; raised on all of them with the same text, which names the failing ranks."""
-
-
-class CommunicationError(RuntimeError):
-    """This rank lost contact with another: it ended, or did not answer in time."""
-
-
-@dataclass
-class TrafficCounter:
-    """Payload bytes and messages this process handed to the process group, split by purpose."""
-
-    sent_nbytes: dict[str, int] = field(default_factory=dict)
-    messages: dict[str, int] = field(default_factory=dict)
-
-    def add(self, purpose: str, nbytes: int, messages: int) -> None:
-        self.sent_nbytes[purpose] = self.sent_nbytes.get(purpose, 0) + nbytes
-        self.messages[purpose] = self.messages.get(purpose, 0) + messages
-
-    def total_nbytes(self) -> int:
-        return sum(self.sent_nbytes.values())
-
-    def reset(self) -> None:
-        self.sent_nbytes.clear()
-        self.messages.clear()
 
 
 @dataclass(frozen=True)
@@ -51,6 +41,7 @@ class ParallelContext:
     rank, size: tensor-parallel rank of this process and number of ranks. With `virtual=True` this one process plays
     all `size` ranks (`rank` is 0): row-parallel layers compute every rank's partial sum, everything else is unsharded.
     group: torch process group, None when no other process takes part.
+    transport: what carries tensors to the other ranks: by default the process group itself.
     """
 
     rank: int = 0
@@ -59,12 +50,15 @@ class ParallelContext:
     group: dist.ProcessGroup | None = None
     virtual: bool = False
     traffic: TrafficCounter = field(default_factory=TrafficCounter, compare=False)
+    transport: Transport | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.rank < self.size:
             raise ValueError(f"tensor-parallel rank {self.rank} of {self.size}: the rank must lie in [0, size)")
         if self.size > 1 and not self.virtual and self.group is None:
             raise ValueError(f"{self.size} tensor-parallel ranks need a process group, or virtual=True in one process")
+        if self.group is not None and self.transport is None:
+            object.__setattr__(self, "transport", ProcessGroupTransport(self.group))
 
     @classmethod
     def single(cls, device: str | torch.device = "cpu") -> ParallelContext:
@@ -76,10 +70,17 @@ class ParallelContext:
         return cls(size=size, device=torch.device(device), virtual=size > 1)
 
     @classmethod
-    def from_environment(cls, device: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> ParallelContext:
+    def from_environment(
+        cls,
+        device: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        transport: TransportChoice = "auto",
+    ) -> ParallelContext:
         """Joins the process group that `torchrun` described in the environment (a single rank without it).
 
-        gloo on CPU, NCCL with one GPU a rank on CUDA. Raises ValueError where the device does not fit.
+        gloo on CPU, NCCL with one GPU a rank on CUDA. transport: on a CPU, tensors go over TCP connections of our own
+        (several times faster than gloo's for small messages); "auto" falls back to the process group where ranks
+        cannot reach each other that way, "tcp" raises then. Raises ValueError where device or transport do not fit.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
@@ -108,9 +109,32 @@ class ParallelContext:
                     f"({str(error).splitlines()[0]}); is the port free, and did all ranks start?"
                 ) from error
         assert dist.group.WORLD is not None
-        return cls(rank=rank, size=size, device=where, group=dist.group.WORLD)
+        context = cls(rank=rank, size=size, device=where, group=dist.group.WORLD)
+        if where.type != "cpu" or transport == "process-group":
+            if transport == "tcp":
+                raise ValueError(f"transport 'tcp' carries tensors on a CPU, these are on {where}; use 'process-group'")
+            return context
+        return context._with_mesh(timeout_s, required=transport == "tcp")
+
+    def _with_mesh(self, timeout_s: float, required: bool) -> ParallelContext:
+        try:
+            address = own_address(dict(os.environ))
+        except OSError as error:
+            address = f"no address ({error})"  # which nobody can listen on: all ranks learn of it together
+        mesh, problem = connect_mesh(self.rank, self.size, address, timeout_s, self.all_gather_json)
+        if mesh is not None:
+            return replace(self, transport=mesh, traffic=TrafficCounter())
+        hint = "name the network interface of each host in GLOO_SOCKET_IFNAME"
+        if required:
+            raise RankError(f"transport 'tcp': {problem}; {hint}, or use 'process-group'")
+        if self.is_first:
+            logger.warning("messages go through gloo, which is slower: %s; %s", problem, hint)
+        self.traffic.reset()
+        return self
 
     def close(self) -> None:
+        if self.transport is not None:
+            self.transport.close()
         if self.group is not None and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -135,13 +159,6 @@ class ParallelContext:
         """All other ranks, ascending."""
         return [rank for rank in range(self.size) if rank != self.rank]
 
-    def divide(self, count: int, what: str) -> int:
-        """`count / size`, or a ValueError that names `what` and the sizes that would fit."""
-        if count % self.size:
-            fitting = [n for n in range(1, min(count, 64) + 1) if count % n == 0]
-            raise ValueError(f"{what} ({count}) does not divide by {self.size} ranks; sizes that do: {fitting}")
-        return count // self.size
-
     # ---- moving bytes ------------------------------------------------------------------------------------------
 
     def exchange(
@@ -155,24 +172,40 @@ class ParallelContext:
 
         One message a peer and call; empty tensors are not sent, so both sides must agree on the sizes. Tensors are
         contiguous and on `device`; `incoming` buffers belong to the caller. Traffic is counted under `purpose`;
+        `where` names the sync point in errors.
+        """
+        assert self.transport is not None
+        tickets = [self.receive(peer, tensor) for peer, tensor in incoming.items()]
+        for peer, tensor in outgoing.items():
+            self.send(peer, tensor, purpose)
+        if tickets or outgoing:
+            self.wait(None, where or purpose, purpose)
+
+    def send(self, peer: int, tensor: torch.Tensor, purpose: str) -> None:
+        """Starts sending a tensor, which must stay as it is until `wait(None, …)` returns. Empty ones are not sent."""
+        nbytes = tensor.numel() * tensor.element_size()
+        if nbytes:
+            assert self.transport is not None
+            self.transport.send(peer, tensor)
+        self.traffic.add(purpose, nbytes, 1 if nbytes else 0)
+
+    def receive(self, peer: int, tensor: torch.Tensor) -> int:
+        """Says where the next message of `peer` goes; returns a ticket to wait for (0: empty, nothing will come)."""
+        assert self.transport is not None
+        return self.transport.receive(peer, tensor) if tensor.numel() else 0
+
+    def wait(self, tickets: Sequence[int] | None, where: str, purpose: str) -> None:
+        """Returns when the messages with these tickets have arrived; None: all have, and sent tensors may be reused.
+
         `where` names the sync point in errors. Raises CommunicationError where a peer ended or did not answer.
         """
-        assert self.group is not None
-        sends = {peer: tensor for peer, tensor in outgoing.items() if tensor.numel()}
-        receives = {peer: tensor for peer, tensor in incoming.items() if tensor.numel()}
-        operations = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=p) for p, tensor in receives.items()]
-        operations += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=p) for p, tensor in sends.items()]
-        if operations:
-            try:
-                for work in dist.batch_isend_irecv(operations):
-                    work.wait()
-            except RuntimeError as error:
-                peers = _ranks_text(sorted({*sends, *receives}))
-                raise CommunicationError(
-                    f"rank {self.rank} lost contact with rank {peers} at {where or purpose} ({purpose}); look for what "
-                    f"that rank said ({str(error).splitlines()[0]})"
-                ) from error
-        self.traffic.add(purpose, sum(t.numel() * t.element_size() for t in sends.values()), len(sends))
+        assert self.transport is not None
+        try:
+            self.transport.wait(None if tickets is None else [ticket for ticket in tickets if ticket])
+        except CommunicationError as error:
+            raise CommunicationError(
+                f"rank {self.rank} lost contact with {error} at {where} ({purpose}); look for what that rank said"
+            ) from error
 
     def all_gather(self, tensor: torch.Tensor, purpose: str) -> torch.Tensor:
         """Stacks the equally shaped tensors of all ranks in rank order: `[size, *tensor.shape]`, same on every rank."""
@@ -212,7 +245,7 @@ class ParallelContext:
         for rank, text in failing:
             texts.setdefault(text, []).append(rank)
         parts = [
-            text if len(ranks) == len(problems) else f"rank {_ranks_text(ranks)}: {text}"
+            text if len(ranks) == len(problems) else f"rank {ranks_text(ranks)}: {text}"
             for text, ranks in texts.items()
         ]
         raise RankError("; ".join(parts))
@@ -241,7 +274,3 @@ class ParallelContext:
 
     def barrier(self) -> None:
         self.all_gather(torch.zeros(1, dtype=torch.uint8, device=self.device), "control")
-
-
-def _ranks_text(ranks: Sequence[int]) -> str:
-    return ", ".join(str(rank) for rank in ranks)

@@ -3,49 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from helpers.messages import digest, draw_message, draw_wide_message
-from torch.distributed import distributed_c10d
 
 from megatron_lowbit.comm.all_reduce import build_all_reduce
 from megatron_lowbit.parallel import ParallelContext
 
-#: Whatever else could carry bytes: the tests count messages, so these must not be used unseen.
+#: Whatever else could carry bytes: the tests count what `sendmsg` took, so these must not be used unseen.
 _OTHER_WAYS = (
-    "send", "recv", "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "gather", "scatter",
-    "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "all_gather_object",
+    "isend", "send", "recv", "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "gather",
+    "scatter", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "all_gather_object",
     "broadcast_object_list", "barrier",
 )  # fmt: skip
 
 
 @contextlib.contextmanager
 def counted_sends() -> Iterator[dict[str, int]]:
-    """Counts bytes and messages where torch takes them, below everything of ours."""
-    count = {"nbytes": 0, "messages": 0}
-    isend = distributed_c10d.isend
+    """Counts the bytes that the operating system took, below everything of ours but the headers of messages."""
+    count = {"nbytes": 0}
+    take = socket.socket.sendmsg
 
-    def counting(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:
-        count["nbytes"] += tensor.numel() * tensor.element_size()
-        count["messages"] += 1
-        return isend(tensor, *arguments, **named)
+    def counting(self: socket.socket, *arguments: Any) -> int:
+        taken = take(self, *arguments)
+        count["nbytes"] += taken
+        return taken
 
     def refuse(*arguments: Any, **named: Any) -> None:
-        raise AssertionError("a collective of torch was called that these tests do not count")
+        raise AssertionError("bytes went a way that these tests do not count")
 
-    originals = {name: getattr(dist, name) for name in _OTHER_WAYS}
-    dist.isend = distributed_c10d.isend = counting
-    for name in _OTHER_WAYS:
-        setattr(dist, name, refuse)
+    patched = [(dist, name, refuse) for name in _OTHER_WAYS]
+    patched += [(socket.socket, name, refuse) for name in ("send", "sendall", "sendto")]
+    patched += [(socket.socket, "sendmsg", counting)]
+    originals = [(holder, name, getattr(holder, name)) for holder, name, _ in patched]
+    for holder, name, replacement in patched:
+        setattr(holder, name, replacement)
     try:
         yield count
     finally:
-        dist.isend = distributed_c10d.isend = isend
-        for name, original in originals.items():
-            setattr(dist, name, original)
+        for holder, name, original in originals:
+            setattr(holder, name, original)
 
 
 def messages(context: ParallelContext, seeds: list[int], backends: list[str], wide: bool = False) -> dict[str, Any]:

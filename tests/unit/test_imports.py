@@ -22,7 +22,8 @@ PACKAGES = {
 # From the bottom up; a module may import its own layer and those below. Everything of megatron_lowbit that is not
 # named here (weights, generate, evaluate, tokenizer, ...) makes the layer above its models.
 LAYERS = [
-    ("megatron_lowbit.config", "megatron_lowbit.files", "megatron_lowbit.parallel", "megatron_lowbit.sharding"),
+    ("megatron_lowbit.config", "megatron_lowbit.files", "megatron_lowbit.sharding", "megatron_lowbit.transport"),
+    ("megatron_lowbit.parallel",),
     ("lowbit_kernels",),
     ("megatron_lowbit.comm",),
     ("megatron_lowbit.calibration",),
@@ -36,10 +37,14 @@ IMPORT_NOTHING_OF_OURS = (
     "lowbit_kernels",
     "megatron_lowbit.config",
     "megatron_lowbit.files",
-    "megatron_lowbit.parallel",
     "megatron_lowbit.sharding",
+    "megatron_lowbit.transport",
 )
-MAY_CALL_DISTRIBUTED = ("megatron_lowbit.parallel", "lowbit_tools.all_reduce_bench")
+MAY_CALL_DISTRIBUTED = (
+    "megatron_lowbit.parallel",
+    "megatron_lowbit.transport.process_group",
+    "lowbit_tools.all_reduce_bench",
+)
 # starts processes and waits for them; it sends nothing
 MAY_LAUNCH_RANKS = ("lowbit_tools.local_ranks",)
 READ_ON_ANY_LAPTOP = tuple(

@@ -84,13 +84,6 @@ def test_several_ranks_need_a_group():
         ParallelContext(0, 2)
 
 
-def test_divide_names_what_and_the_sizes_that_fit():
-    context = ParallelContext.virtual_ranks(4)
-    assert context.divide(12, "heads") == 3
-    with pytest.raises(ValueError, match=r"heads \(18\) does not divide by 4 ranks; .* \[1, 2, 3, 6, 9, 18\]"):
-        context.divide(18, "heads")
-
-
 def test_an_environment_without_torchrun_is_a_single_rank(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

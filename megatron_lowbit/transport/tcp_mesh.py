@@ -1,0 +1,185 @@
+"""TcpMesh: one TCP connection between any two ranks, driven by the caller's own thread.
+
+Small messages of a CPU group are bound by wake-ups and hand-overs between threads, not by bytes. Here `send` copies
+into the socket's buffer and returns, `wait` reads straight into the caller's tensor: no thread, no queue, no copy of
+ours. The kernel moves bytes while the caller computes, which is what pieces of a large message live from.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import select
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_lowbit.transport.base import CommunicationError, ranks_text
+
+#: number of the message on this connection, bytes that follow
+HEADER = struct.Struct("<IQ")
+
+
+class _Incoming:
+    """One expected message: header and payload, filled from the front."""
+
+    __slots__ = ("header", "nbytes", "payload", "rest", "ticket")
+
+    def __init__(self, payload: memoryview, ticket: int) -> None:
+        self.header = bytearray(HEADER.size)
+        self.payload = payload
+        self.nbytes = 0  # read so far, header included
+        self.ticket = ticket
+
+
+class _Connection:
+    """One peer: what is still to go out and what is expected, in order."""
+
+    def __init__(self, peer: int, connection: socket.socket) -> None:
+        self.peer = peer
+        self.socket = connection
+        self.outbox: collections.deque[memoryview] = collections.deque()
+        self.inbox: collections.deque[_Incoming] = collections.deque()
+        self.sent = self.received = 0  # messages
+        self.events = 0  # what poll watches
+
+    def push(self) -> None:
+        """Sends what the socket takes now."""
+        while self.outbox:
+            try:
+                count = self.socket.sendmsg(list(self.outbox)[:16])
+            except BlockingIOError:
+                return
+            while count:
+                first = self.outbox[0]
+                if count < len(first):
+                    self.outbox[0] = first[count:]
+                    return
+                count -= len(first)
+                self.outbox.popleft()
+
+    def pull(self, arrived: set[int]) -> None:
+        """Reads what is there; adds the tickets of whole messages to `arrived`."""
+        while self.inbox:
+            message = self.inbox[0]
+            done = message.nbytes - HEADER.size
+            try:
+                if done < 0:
+                    buffers = [memoryview(message.header)[message.nbytes :], message.payload]
+                    count = self.socket.recvmsg_into(buffers)[0]
+                else:
+                    count = self.socket.recv_into(message.payload[done:])
+            except BlockingIOError:
+                return
+            if count == 0:
+                raise ConnectionResetError("it closed the connection")
+            message.nbytes += count
+            if done < 0 <= message.nbytes - HEADER.size:
+                self._check(message)
+            if message.nbytes == HEADER.size + len(message.payload):
+                self.inbox.popleft()
+                arrived.add(message.ticket)
+
+    def _check(self, message: _Incoming) -> None:
+        number, nbytes = HEADER.unpack(message.header)
+        self.received += 1
+        if (number, nbytes) != (self.received, len(message.payload)):
+            raise CommunicationError(
+                f"rank {self.peer} (it sent message {number} of {nbytes} bytes where message {self.received} of "
+                f"{len(message.payload)} was expected: do all ranks run the same program with the same arguments?)"
+            )
+
+
+class TcpMesh:
+    """Transport of CPU tensors. One thread uses it at a time."""
+
+    name = "TCP connections of its own"
+    overlaps = True
+
+    def __init__(self, sockets: dict[int, socket.socket], timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._connections = {peer: _Connection(peer, connection) for peer, connection in sockets.items()}
+        self._by_descriptor = {one.socket.fileno(): one for one in self._connections.values()}
+        for connection in sockets.values():
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setblocking(False)
+        self._poll = select.poll()
+        self._arrived: set[int] = set()
+        self._tickets = 0
+        self._expected = 0  # messages asked for and not yet arrived
+
+    def send(self, peer: int, tensor: torch.Tensor) -> None:
+        to = self._connections[peer]
+        payload = _bytes_of(tensor)
+        to.sent += 1
+        to.outbox.append(memoryview(HEADER.pack(to.sent, len(payload))))
+        to.outbox.append(payload)
+        if len(to.outbox) == 2:
+            with self._contact(to):
+                to.push()
+
+    def receive(self, peer: int, tensor: torch.Tensor) -> int:
+        self._tickets += 1
+        self._connections[peer].inbox.append(_Incoming(_bytes_of(tensor), self._tickets))
+        return self._tickets
+
+    def progress(self) -> None:
+        self._step(0)
+
+    def wait(self, tickets: Sequence[int] | None) -> None:
+        deadline = 0.0
+        while True:
+            if tickets is None:
+                if not any(one.inbox or one.outbox for one in self._connections.values()):
+                    self._arrived.clear()
+                    return
+            elif self._arrived.issuperset(tickets):
+                return
+            if self._step(1000):
+                deadline = 0.0
+            elif not deadline:
+                deadline = time.monotonic() + self._timeout_s
+            elif time.monotonic() > deadline:
+                silent = sorted(one.peer for one in self._connections.values() if one.inbox or one.outbox)
+                raise CommunicationError(f"rank {ranks_text(silent)} (no answer for {self._timeout_s:g} s)")
+
+    def close(self) -> None:
+        for one in self._connections.values():
+            one.socket.close()
+
+    def _step(self, patience_ms: int) -> bool:
+        """Waits up to so long for a socket to be ready and serves those that are; False where none was."""
+        for descriptor, one in self._by_descriptor.items():
+            events = (select.POLLIN if one.inbox else 0) | (select.POLLOUT if one.outbox else 0)
+            if events != one.events:
+                # a peer that we want nothing of may leave: it is not watched
+                if events:
+                    self._poll.register(descriptor, events)
+                else:
+                    self._poll.unregister(descriptor)
+                one.events = events
+        ready = self._poll.poll(patience_ms)
+        for descriptor, _ in ready:
+            one = self._by_descriptor[descriptor]
+            with self._contact(one):
+                one.push()
+                one.pull(self._arrived)
+        return bool(ready)
+
+    @contextlib.contextmanager
+    def _contact(self, one: _Connection) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CommunicationError(f"rank {one.peer} ({reason})") from error
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
