@@ -1,4 +1,4 @@
-"""The codec as torch operators: what torch demands of them, the bits of the backend, and no break in a compiled graph."""
+"""The codec as torch operators: what torch demands of them, the bits of the backend, one graph when compiled."""
 
 import os
 import shutil
