@@ -194,6 +194,11 @@ class ParallelContext:
         assert self.transport is not None
         return self.transport.receive(peer, tensor) if tensor.numel() else 0
 
+    def progress(self) -> None:
+        """Moves what can be moved without waiting."""
+        if self.transport is not None:
+            self.transport.progress()
+
     def wait(self, tickets: Sequence[int] | None, where: str, purpose: str) -> None:
         """Returns when the messages with these tickets have arrived; None: all have, and sent tensors may be reused.
 

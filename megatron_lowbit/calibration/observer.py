@@ -44,8 +44,8 @@ class ObservingAllReduce:
         self.partial = RangeObserver()
         self.sum = RangeObserver()
 
-    def __call__(self, partial_LTH: torch.Tensor) -> torch.Tensor:
+    def __call__(self, partial_LTH: torch.Tensor, add_to_TH: torch.Tensor | None = None) -> torch.Tensor:
         full_TH = self._exact(partial_LTH)
         self.partial.update(partial_LTH)
         self.sum.update(full_TH.unsqueeze(0))
-        return full_TH
+        return full_TH if add_to_TH is None else add_to_TH.add_(full_TH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -10,11 +11,13 @@ from lowbit_kernels import get_backend
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.constants import SyncPointConstants
 from megatron_lowbit.comm.one_stage import OneStageAllReduce
+from megatron_lowbit.comm.policy import Choice, Policy, PolicyLog
 from megatron_lowbit.comm.saturation import SaturationCounter
 from megatron_lowbit.comm.schemes import CommScheme
-from megatron_lowbit.comm.two_stage import TwoStageAllReduce
+from megatron_lowbit.comm.two_stage import PIECE_NBYTES, TwoStageAllReduce
 from megatron_lowbit.comm.virtual import VirtualAllReduce
 from megatron_lowbit.comm.wire_format import WireFormat
+from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.parallel import ParallelContext
 
 
@@ -22,18 +25,34 @@ class AllReduce(Protocol):
     """Sums the partials of all tensor-parallel ranks.
 
     `partial_LTH [L, T, H] {U_tp}`: the partial sums of the L ranks that live in this process (one, or all when ranks
-    are virtual), bf16 or fp32. Returns `full_TH` in FP32, bit-identical on every rank.
+    are virtual), bf16 or fp32. Returns `full_TH` in FP32, bit-identical on every rank; where the FP32 `add_to_TH` is
+    given, the sum is added to it in place instead, and it is returned.
     """
 
-    def __call__(self, partial_LTH: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, partial_LTH: torch.Tensor, add_to_TH: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
 class SingleRankAllReduce:
     """One rank has nothing to exchange: the partial is the sum, and no scheme touches it."""
 
-    def __call__(self, partial_LTH: torch.Tensor) -> torch.Tensor:
+    def __call__(self, partial_LTH: torch.Tensor, add_to_TH: torch.Tensor | None = None) -> torch.Tensor:
         (partial_TH,) = partial_LTH
-        return partial_TH.float()
+        return partial_TH.float() if add_to_TH is None else add_to_TH.add_(partial_TH)
+
+
+class PolicyAllReduce:
+    """Takes the collective that a policy names for the size of each message."""
+
+    def __init__(self, policy: Policy, collectives: Mapping[Choice, AllReduce], log: PolicyLog) -> None:
+        self._policy = policy
+        self._collectives = collectives
+        self._log = log
+
+    def __call__(self, partial_LTH: torch.Tensor, add_to_TH: torch.Tensor | None = None) -> torch.Tensor:
+        tokens, hidden = partial_LTH.shape[1:]
+        choice = self._policy.choose(tokens, hidden)
+        self._log.add(choice, tokens, hidden)
+        return self._collectives[choice](partial_LTH, add_to_TH)
 
 
 def build_all_reduce(
@@ -44,25 +63,46 @@ def build_all_reduce(
     backend: str = "auto",
     name: str = "",
     saturation: SaturationCounter | None = None,
+    policy: Policy | None = None,
+    policy_log: PolicyLog | None = None,
+    workspace: Workspace | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    piece_nbytes: int = PIECE_NBYTES,
 ) -> AllReduce:
     """The collective of `scheme` for messages of `hidden` features.
 
     constants: index sets and scales of this sync point, `NO_CONSTANTS` for schemes that need none. name: of the sync
-    point, for errors. saturation: counts what the codecs of both stages encode.
+    point, for errors. saturation: counts what the codecs of both stages encode. policy: chooses by message size between
+    the two-stage scheme, its one-stage form and the exact partials (of `dtype`); None: the scheme as it stands.
+    workspace: buffers shared with other sync points. piece_nbytes: of two stages without a policy.
     """
     if context.size == 1:
         return SingleRankAllReduce()
     kernels = get_backend(backend, context.device)
+    workspace = Workspace() if workspace is None else workspace
 
-    def codec(wire: WireFormat, scale_RD: torch.Tensor | None) -> Codec:
-        return Codec(wire, hidden, kernels, constants.body_index, constants.outlier_index, scale_RD, saturation)
+    def codec(wire: WireFormat, scale_RD: torch.Tensor | None, minimum_RD: torch.Tensor | None = None) -> Codec:
+        index = constants.body_index, constants.outlier_index
+        return Codec(wire, hidden, kernels, *index, scale_RD, saturation, minimum_RD)
 
     reduce_codec = codec(scheme.reduce_stage, constants.reduce_scale_RD)
     gather_codec = None
     if scheme.gather_stage is not None:
         gather_codec = codec(scheme.gather_stage, constants.gather_scale_1D)
-    if context.virtual:
-        return VirtualAllReduce(reduce_codec, gather_codec, context.traffic)
-    if gather_codec is None:
-        return OneStageAllReduce(context, reduce_codec, name)
-    return TwoStageAllReduce(context, reduce_codec, gather_codec, name)
+
+    def collective(reduce_codec: Codec, gather_codec: Codec | None, piece_nbytes: int) -> AllReduce:
+        if context.virtual:
+            return VirtualAllReduce(reduce_codec, gather_codec, context.traffic)
+        if gather_codec is None:
+            return OneStageAllReduce(context, reduce_codec, name, workspace)
+        return TwoStageAllReduce(context, reduce_codec, gather_codec, name, piece_nbytes, workspace)
+
+    if policy is None or gather_codec is None:
+        return collective(reduce_codec, gather_codec, piece_nbytes)
+    exact_codec = codec(WireFormat(8 * dtype.itemsize), None)
+    collectives: dict[Choice, AllReduce] = {}
+    for _, choice in policy.steps:
+        first = exact_codec if choice.collective == "exact" else reduce_codec
+        second = gather_codec if choice.collective == "two-stage" else None
+        collectives[choice] = collective(first, second, choice.piece_nbytes)
+    return PolicyAllReduce(policy, collectives, PolicyLog() if policy_log is None else policy_log)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lowbit_kernels import Backend
+from lowbit_kernels import Backend, PacketLayout
 from megatron_lowbit.comm.saturation import SaturationCounter, saturation_limits
 from megatron_lowbit.comm.wire_format import WireFormat
 
@@ -16,8 +16,8 @@ from megatron_lowbit.comm.wire_format import WireFormat
 class Codec:
     """Encodes rows of partial sums and decodes packets.
 
-    scale_RD: FP32, one row of static scales for each sender (one row for the gather stage, whose values all owners
-    encode alike); None for formats that carry their scales or need none. saturation: counts what is encoded, if given.
+    scale_RD, minimum_RD: FP32, one row of static constants for each sender (one row for the gather stage, whose values
+    all owners encode alike); None for formats that have no use for them. saturation: counts what is encoded, if given.
     """
 
     def __init__(
@@ -29,20 +29,22 @@ class Codec:
         outlier_index: torch.Tensor | None = None,
         scale_RD: torch.Tensor | None = None,
         saturation: SaturationCounter | None = None,
+        minimum_RD: torch.Tensor | None = None,
     ) -> None:
         self.layout = wire_format.packet_layout(hidden)
-        assert (scale_RD is not None) == wire_format.is_static, wire_format
+        assert (scale_RD is not None) == self.layout.needs_static, wire_format
+        assert (minimum_RD is not None) == self.layout.needs_minimum, wire_format
         self._backend = backend
         self._body_index = body_index if self.layout.outliers else None
         self._outlier_index = outlier_index if self.layout.outliers else None
         self._scale_RD = scale_RD
+        self._minimum_RD = minimum_RD
         # stored once in FP32: encoding is a multiplication, so that every implementation rounds alike
         self._inverse_scale_RD = None if scale_RD is None else 1.0 / scale_RD
         self._saturation = saturation
         self._limit_RH: torch.Tensor | None = None
-        if saturation is not None and scale_RD is not None:
-            largest = 2 ** (wire_format.bits - 1) - 1
-            self._limit_RH = saturation_limits(scale_RD, self._body_index, hidden, largest)
+        if saturation is not None and scale_RD is not None and not self.layout.group_size and minimum_RD is None:
+            self._limit_RH = saturation_limits(scale_RD, self._body_index, hidden, _saturating_steps(self.layout))
 
     def encode(self, x_TH: torch.Tensor, sender: int, packet_TB: torch.Tensor | None = None) -> torch.Tensor:
         """Packet `[T, B]` uint8 of bf16 or fp32 values; written into `packet_TB` where one is given."""
@@ -50,22 +52,86 @@ class Codec:
             packet_TB = torch.empty(x_TH.shape[0], self.layout.row_nbytes, dtype=torch.uint8, device=x_TH.device)
         if self._saturation is not None:
             self._saturation.count(x_TH, None if self._limit_RH is None else self._limit_RH[sender])
-        inverse = None if self._inverse_scale_RD is None else self._inverse_scale_RD[sender]
-        self._backend.encode(x_TH, self.layout, packet_TB, inverse, self._body_index, self._outlier_index)
+        self._backend.encode(
+            x_TH,
+            self.layout,
+            packet_TB,
+            _row(self._inverse_scale_RD, sender),
+            self._body_index,
+            self._outlier_index,
+            *(() if self._minimum_RD is None else (_row(self._minimum_RD, sender),)),
+        )
         return packet_TB
 
-    def decode(self, packet_TB: torch.Tensor, sender: int) -> torch.Tensor:
-        """FP32 values `[T, H]` of one sender's packet."""
-        out_TH = torch.empty(packet_TB.shape[0], self.layout.features, device=packet_TB.device)
-        scale = None if self._scale_RD is None else self._scale_RD[sender]
-        self._backend.decode(packet_TB, self.layout, out_TH, scale, self._body_index, self._outlier_index)
-        return out_TH
-
-    def decode_sum(self, packets_RTB: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor:
-        """FP32 sum `[T, H]` of one packet from each rank, each with its sender's scales, added in rank order."""
-        first = packets_RTB[0]
-        out_TH = torch.empty(first.shape[0], self.layout.features, device=first.device)
-        self._backend.decode_sum(
-            packets_RTB, self.layout, out_TH, self._scale_RD, self._body_index, self._outlier_index
+    def decode(
+        self, packet_TB: torch.Tensor, sender: int, out_TH: torch.Tensor | None = None, add: bool = False
+    ) -> torch.Tensor:
+        """FP32 values `[T, H]` of one sender's packet; written into `out_TH` where one is given, or added to it."""
+        if out_TH is None:
+            out_TH = torch.empty(packet_TB.shape[0], self.layout.features, device=packet_TB.device)
+        if not hasattr(self._backend, "requantize"):
+            plain = torch.empty_like(out_TH) if add else out_TH
+            self._backend.decode(
+                packet_TB, self.layout, plain, _row(self._scale_RD, sender), self._body_index, self._outlier_index
+            )
+            return out_TH.add_(plain) if add else out_TH
+        self._backend.decode(
+            packet_TB,
+            self.layout,
+            out_TH,
+            _row(self._scale_RD, sender),
+            self._body_index,
+            self._outlier_index,
+            _row(self._minimum_RD, sender),
+            add,
         )
         return out_TH
+
+    def decode_sum(
+        self, packets_RTB: Sequence[torch.Tensor] | torch.Tensor, out_TH: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """FP32 sum `[T, H]` of one packet from each rank, each with its sender's scales, added in rank order."""
+        first = packets_RTB[0]
+        if out_TH is None:
+            out_TH = torch.empty(first.shape[0], self.layout.features, device=first.device)
+        self._backend.decode_sum(
+            packets_RTB,
+            self.layout,
+            out_TH,
+            self._scale_RD,
+            self._body_index,
+            self._outlier_index,
+            *(() if self._minimum_RD is None else (self._minimum_RD,)),
+        )
+        return out_TH
+
+    def requantize(self, packets_RTB: Sequence[torch.Tensor], gather: Codec, packet_TB: torch.Tensor) -> None:
+        """The packet of the sum of one packet from each rank: `decode_sum`, then `gather.encode`, in one pass."""
+        if gather._saturation is not None or not hasattr(self._backend, "requantize"):  # it wants to see the sums
+            gather.encode(self.decode_sum(packets_RTB), sender=0, packet_TB=packet_TB)
+            return
+        self._backend.requantize(
+            packets_RTB,
+            self.layout,
+            packet_TB,
+            gather.layout,
+            self._scale_RD,
+            self._body_index,
+            self._outlier_index,
+            self._minimum_RD,
+            gather_inverse_scale=_row(gather._inverse_scale_RD, 0),
+            gather_body_index=gather._body_index,
+            gather_outlier_index=gather._outlier_index,
+            gather_minimum=_row(gather._minimum_RD, 0),
+        )
+
+
+def _saturating_steps(layout: PacketLayout) -> float:
+    """Steps of a static scale from which a magnitude rounds beyond the largest code."""
+    if layout.values == "int":
+        return 2 ** (layout.bits - 1) - 0.5
+    return 464.0 if layout.values == "e4m3" else 7.0  # half way from 448 to 480, and from 6 to 8
+
+
+def _row(constants_RD: torch.Tensor | None, sender: int) -> torch.Tensor | None:
+    return None if constants_RD is None else constants_RD[sender]

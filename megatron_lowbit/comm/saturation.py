@@ -48,10 +48,10 @@ SaturationLog = dict[str, SaturationCounter]
 
 
 def saturation_limits(
-    scale_RD: torch.Tensor, body_index: torch.Tensor | None, hidden: int, largest_code: int
+    scale_RD: torch.Tensor, body_index: torch.Tensor | None, hidden: int, steps: float
 ) -> torch.Tensor:
-    """`[R, H]`: magnitude from which a value is clamped; infinite for features that travel as BF16."""
-    limit_RD = (largest_code + 0.5) * scale_RD
+    """`[R, H]`: magnitude, `steps` times the scale, from which a value is clamped; infinite for BF16 features."""
+    limit_RD = steps * scale_RD
     if body_index is None:
         return limit_RD
     limit_RH = scale_RD.new_full((scale_RD.shape[0], hidden), torch.inf)

@@ -17,11 +17,9 @@ class SyncPoint:
         self._all_reduce = all_reduce
 
     def add(self, partial_LTH: torch.Tensor, residual_TH: torch.Tensor, bias_H: torch.Tensor | None) -> torch.Tensor:
-        """The FP32 residual with the reduced sum added.
+        """The FP32 residual with the reduced sum added to it, in place: what arrives is decoded right into it.
 
         The bias comes after the wire and only once: summed on every rank it would count R times.
         """
-        full_TH = self._all_reduce(partial_LTH)
-        if bias_H is not None:
-            full_TH = full_TH + bias_H
-        return residual_TH + full_TH
+        residual_TH = self._all_reduce(partial_LTH, residual_TH)
+        return residual_TH if bias_H is None else residual_TH.add_(bias_H)

@@ -1,56 +1,151 @@
-"""Two-stage all-reduce: reduce-scatter of packets to each token's owner, then all-gather of the re-encoded sums."""
+"""Two-stage all-reduce: reduce-scatter of packets to each token's owner, then all-gather of the re-encoded sums.
+
+A large message is cut into pieces of tokens, each reduced on its own: while the bytes of one piece are on the wire,
+the next one is encoded, or an earlier one decoded. Pieces change who owns a token, and never a bit of the result.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from megatron_lowbit.comm.codec import Codec
+from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.sharding import cut_evenly
 
-# Shapes: L ranks living in this process (1), T tokens, S own tokens, H hidden features, B bytes of a packet row.
+# Shapes: L ranks living in this process (1), R ranks, T tokens, P tokens of a piece, S own tokens of a piece, H hidden
+# features, B bytes of a packet row.
 
 REDUCE, GATHER = "reduce", "gather"
+#: Bytes of a piece's packets where nothing was measured: 1 ms of a 1 Gbit link.
+PIECE_NBYTES = 128 << 10
+
+
+@dataclass
+class _Piece:
+    """Views of the buffers for some consecutive tokens: `start` to `stop` of the message."""
+
+    start: int
+    stop: int
+    packet_PB: torch.Tensor  # this rank's partials
+    outgoing: dict[int, torch.Tensor]  # rows of it, by owner
+    received: dict[int, torch.Tensor]  # [S, B] from each other rank
+    sources: list[torch.Tensor]  # [S, B] of all ranks in rank order, the own one included
+    sum_PB: torch.Tensor  # packets of the sums, of all owners
+    own_sum_SB: torch.Tensor
+    incoming: dict[int, torch.Tensor]  # rows of `sum_PB`, by owner
+
+
+class _Pieces(list[_Piece]):
+    """All pieces of a message and the memory they share."""
+
+    nbytes = 0
 
 
 class TwoStageAllReduce:
     """`full_TH = all_reduce(partial_LTH)` over real ranks (Flash Communication, arXiv 2412.04964, section 3).
 
-    Token t belongs to one rank: contiguous blocks, the first ones a token longer. The owner sums whole rows.
+    Token t of a piece belongs to one rank: contiguous blocks, the first ones a token longer. The owner sums whole rows.
+    piece_nbytes: packet bytes after which the next piece starts; messages are not cut where the transport cannot
+    overlap. workspace: buffers shared with other sync points.
     """
 
     stages = 2
 
-    def __init__(self, context: ParallelContext, reduce_codec: Codec, gather_codec: Codec, name: str = "") -> None:
+    def __init__(
+        self,
+        context: ParallelContext,
+        reduce_codec: Codec,
+        gather_codec: Codec,
+        name: str = "",
+        piece_nbytes: int = PIECE_NBYTES,
+        workspace: Workspace | None = None,
+    ) -> None:
+        if piece_nbytes < 1:
+            raise ValueError(f"piece size is {piece_nbytes} bytes; it must be at least 1")
         self._context = context
         self._name = name
         self._reduce_codec = reduce_codec
         self._gather_codec = gather_codec
+        self._overlaps = context.transport is not None and context.transport.overlaps
+        self._piece_nbytes = piece_nbytes
+        self._workspace = Workspace() if workspace is None else workspace
 
-    def __call__(self, partial_LTH: torch.Tensor) -> torch.Tensor:
-        """FP32 sum `[T, H]` of all ranks' partials, bit-identical on every rank."""
+    def __call__(self, partial_LTH: torch.Tensor, add_to_TH: torch.Tensor | None = None) -> torch.Tensor:
+        """FP32 sum `[T, H]` of all ranks' partials, bit-identical on every rank.
+
+        add_to_TH: FP32; the sum is added to it in place, and it is returned.
+        """
         (partial_TH,) = partial_LTH
-        spans = cut_evenly(partial_TH.shape[0], self._context.size)
-        return self._gather_stage(self._reduce_stage(partial_TH, spans), spans)
+        out_TH = torch.empty(partial_TH.shape, device=partial_TH.device) if add_to_TH is None else add_to_TH
+        pieces = self._pieces(partial_TH)
+        reducing = [self._start_reduce(piece, partial_TH) for piece in pieces]
+        # posted early, what arrives need not wait; a transport without overlap would take it for part of this stage
+        gathering = [self._expect_sums(piece) for piece in pieces] if self._overlaps else []
+        for piece, tickets in zip(pieces, reducing, strict=True):
+            self._context.wait(tickets, self._name, REDUCE)
+            self._reduce_codec.requantize(piece.sources, self._gather_codec, piece.own_sum_SB)
+            for peer in piece.incoming:
+                self._context.send(peer, piece.own_sum_SB, GATHER)
+        gathering = gathering or [self._expect_sums(piece) for piece in pieces]
+        for piece, tickets in zip(pieces, gathering, strict=True):
+            self._context.wait(tickets, self._name, GATHER)
+            # every rank decodes every packet, its own included: replicas stay bit-identical
+            rows = slice(piece.start, piece.stop)
+            self._gather_codec.decode(piece.sum_PB, sender=0, out_TH=out_TH[rows], add=add_to_TH is not None)
+        self._context.wait(None, self._name, GATHER)
+        return out_TH
 
-    def _reduce_stage(self, partial_TH: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
-        """FP32 sum `[S, H]` of the tokens this rank owns."""
-        rank, peers = self._context.rank, self._context.peers
-        packet_TB = self._reduce_codec.encode(partial_TH, sender=rank)
-        start, stop = spans[rank]
-        received = {peer: packet_TB.new_empty(stop - start, packet_TB.shape[1]) for peer in peers}
-        self._context.exchange({peer: packet_TB[slice(*spans[peer])] for peer in peers}, received, REDUCE, self._name)
+    def _start_reduce(self, piece: _Piece, partial_TH: torch.Tensor) -> list[int]:
+        """Encodes a piece and hands it to the transport; returns the tickets of what the others send for it."""
+        tickets = [self._context.receive(peer, rows) for peer, rows in piece.received.items()]
         # the rank's own partial goes through the packet too, or the sum would depend on who owns the token
-        received[rank] = packet_TB[start:stop]
-        return self._reduce_codec.decode_sum([received[peer] for peer in range(self._context.size)])
+        self._reduce_codec.encode(
+            partial_TH[piece.start : piece.stop], sender=self._context.rank, packet_TB=piece.packet_PB
+        )
+        for peer, rows in piece.outgoing.items():
+            self._context.send(peer, rows, REDUCE)
+        self._context.progress()
+        return tickets
 
-    def _gather_stage(self, sum_SH: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
-        rank, peers = self._context.rank, self._context.peers
-        tokens = spans[-1][1]
-        packet_TB = torch.empty(tokens, self._gather_codec.layout.row_nbytes, dtype=torch.uint8, device=sum_SH.device)
-        mine = packet_TB[slice(*spans[rank])]
-        self._gather_codec.encode(sum_SH, sender=0, packet_TB=mine)
-        incoming = {peer: packet_TB[slice(*spans[peer])] for peer in peers}
-        self._context.exchange(dict.fromkeys(peers, mine), incoming, GATHER, self._name)
-        # every rank decodes every packet, its own included: replicas stay bit-identical
-        return self._gather_codec.decode(packet_TB, sender=0)
+    def _expect_sums(self, piece: _Piece) -> list[int]:
+        return [self._context.receive(peer, rows) for peer, rows in piece.incoming.items()]
+
+    def _pieces(self, partial_TH: torch.Tensor) -> _Pieces:
+        tokens, device = partial_TH.shape[0], partial_TH.device
+        layouts = self._reduce_codec.layout, self._gather_codec.layout
+        count = 1
+        if self._overlaps:
+            larger = max(layout.row_nbytes for layout in layouts)
+            count = max(1, min(tokens // self._context.size, round(tokens * larger / self._piece_nbytes)))
+        key = (tokens, count, *layouts, device)
+        return self._workspace.get(key, lambda: self._make_pieces(tokens, count, device))
+
+    def _make_pieces(self, tokens: int, count: int, device: torch.device) -> _Pieces:
+        size, rank, peers = self._context.size, self._context.rank, self._context.peers
+        packet_TB = torch.empty(tokens, self._reduce_codec.layout.row_nbytes, dtype=torch.uint8, device=device)
+        sum_TB = torch.empty(tokens, self._gather_codec.layout.row_nbytes, dtype=torch.uint8, device=device)
+        pieces = _Pieces()
+        pieces.nbytes = packet_TB.nbytes + sum_TB.nbytes
+        for start, stop in cut_evenly(tokens, count):
+            packet_PB, sum_PB = packet_TB[start:stop], sum_TB[start:stop]
+            spans = [slice(*span) for span in cut_evenly(stop - start, size)]
+            own = packet_PB[spans[rank]]
+            received = packet_TB.new_empty(size, *own.shape)
+            pieces.nbytes += received.nbytes
+            pieces.append(
+                _Piece(
+                    start,
+                    stop,
+                    packet_PB,
+                    outgoing={peer: packet_PB[spans[peer]] for peer in peers},
+                    received={peer: received[peer] for peer in peers},
+                    sources=[own if peer == rank else received[peer] for peer in range(size)],
+                    sum_PB=sum_PB,
+                    own_sum_SB=sum_PB[spans[rank]],
+                    incoming={peer: sum_PB[spans[peer]] for peer in peers},
+                )
+            )
+        return pieces

@@ -23,8 +23,12 @@ class VirtualAllReduce:
         self._traffic = traffic
         self.stages = 1 if gather_codec is None else 2
 
-    def __call__(self, partial_LTH: torch.Tensor) -> torch.Tensor:
-        """FP32 sum `[T, H]` of the partials of all ranks."""
+    def __call__(self, partial_LTH: torch.Tensor, add_to_TH: torch.Tensor | None = None) -> torch.Tensor:
+        """FP32 sum `[T, H]` of the partials of all ranks; added to `add_to_TH` in place, where it is given."""
+        full_TH = self._reduced(partial_LTH)
+        return full_TH if add_to_TH is None else add_to_TH.add_(full_TH)
+
+    def _reduced(self, partial_LTH: torch.Tensor) -> torch.Tensor:
         ranks, tokens = partial_LTH.shape[:2]
         packets = [self._reduce_codec.encode(partial_LTH[rank], sender=rank) for rank in range(ranks)]
         sum_TH = self._reduce_codec.decode_sum(packets)

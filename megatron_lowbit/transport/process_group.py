@@ -13,10 +13,10 @@ from megatron_lowbit.transport.base import CommunicationError, ranks_text
 class ProcessGroupTransport:
     """Messages through torch's process group: gloo on any device, NCCL on GPUs (in one batch, as it wants them)."""
 
+    name = "torch process group"
     overlaps = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.name = f"torch process group ({dist.get_backend(group)})"
         self._group = group
         self._queued: list[dist.P2POp] = []
         self._started = 0

@@ -94,9 +94,9 @@ def test_calibration_holds_what_went_through_every_sync_point(tiny_models):
     caught: dict[str, list[torch.Tensor]] = {}
 
     def catching(name):
-        def all_reduce(partial_LTH):
+        def all_reduce(partial_LTH, add_to_TH):
             caught.setdefault(name, []).append(partial_LTH.clone())
-            return partial_LTH[0] + partial_LTH[1] + partial_LTH[2]
+            return add_to_TH.add_(partial_LTH[0] + partial_LTH[1] + partial_LTH[2])
 
         return all_reduce
 

@@ -125,14 +125,14 @@ def test_virtual_traffic_adds_up_over_calls():
 def test_bias_joins_once_behind_the_wire():
     """Not once a rank, and not through the packet: an INT4 step would swallow it."""
 
-    def all_reduce(partial_LTH):
-        return partial_LTH.sum(dim=0)
+    def all_reduce(partial_LTH, add_to_TH):
+        return add_to_TH.add_(partial_LTH.sum(dim=0))
 
     point = SyncPoint("layers.0.mlp.down_proj", all_reduce)
     partials, residual, bias = torch.ones(4, 2, 3), torch.full((2, 3), 10.0), torch.tensor([0.25, 0.0, -1.0])
-    assert point.add(partials, residual, bias).tolist() == [[14.25, 14.0, 13.0]] * 2
-    assert point.add(partials, residual, None).tolist() == [[14.0] * 3] * 2
-    assert residual.tolist() == [[10.0] * 3] * 2, "the caller's residual stays"
+    assert point.add(partials, residual.clone(), bias).tolist() == [[14.25, 14.0, 13.0]] * 2
+    assert point.add(partials, residual, None) is residual
+    assert residual.tolist() == [[14.0] * 3] * 2
 
 
 def test_reference_quantise_is_a_packet_there_and_back():

@@ -66,9 +66,9 @@ def test_merged_columns_come_apart_again():
 
 
 def row_parallel(context, weight, bias, seen) -> RowParallelLinear:
-    def all_reduce(partial_LTH):
+    def all_reduce(partial_LTH, add_to_TH):
         seen.append(partial_LTH)
-        return partial_LTH.sum(dim=0)
+        return add_to_TH.add_(partial_LTH.sum(dim=0))
 
     tensors = DOWN if bias is not None else {"down.weight": DOWN["down.weight"]}
     layer = RowParallelLinear(context, tensors, "down", F32, SyncPoint("down", all_reduce))
@@ -82,7 +82,7 @@ def test_row_parallel_partials_of_virtual_and_real_ranks(size):
     weight, bias, x, residual = randn(4, 7), randn(4), randn(3, 7), randn(3, 4)
     seen: list[torch.Tensor] = []
     virtual = row_parallel(ParallelContext.virtual_ranks(size), weight, bias, seen)
-    got = virtual(x, residual)
+    got = virtual(x, residual.clone())
     assert seen[0].shape == (size, 3, 4)
     torch.testing.assert_close(got, residual + x @ weight.T + bias)
     for rank in range(size):
@@ -99,7 +99,9 @@ def test_row_parallel_bias_is_added_once_and_kept_in_fp32():
     assert layer(randn(2, 7), torch.zeros(2, 4)).tolist() == [[1.0, 2.0, 3.0, 4.0]] * 2
     no_bias = row_parallel(ParallelContext.virtual_ranks(3), torch.zeros(4, 7), None, [])
     assert no_bias.bias is None and not no_bias(randn(2, 7), torch.zeros(2, 4)).any()
-    bf16 = RowParallelLinear(SINGLE, DOWN, "down", torch.bfloat16, SyncPoint("down", lambda partial: partial[0]))
+    bf16 = RowParallelLinear(
+        SINGLE, DOWN, "down", torch.bfloat16, SyncPoint("down", lambda partial, add_to: add_to.add_(partial[0]))
+    )
     assert bf16.weight.dtype == torch.bfloat16
     assert bf16.bias is not None and bf16.bias.dtype == F32
 

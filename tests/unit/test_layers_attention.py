@@ -23,7 +23,7 @@ def attention_of(folder, rank: int, size: int) -> Attention:
     """Rank's part of the first layer's attention, its sync point handing out the partial sum."""
     reader = open_checkpoint(folder)
     context = ParallelContext(rank, size, group=object() if size > 1 else None)  # type: ignore[arg-type]
-    point = SyncPoint("layers.0.self_attn.o_proj", lambda partial_LTH: partial_LTH[0])
+    point = SyncPoint("layers.0.self_attn.o_proj", lambda partial_LTH, add_to_TH: add_to_TH.add_(partial_LTH[0]))
     attention = Attention(
         context, reader.config, tensor_sources(reader.config), "model.layers.0.self_attn", torch.float32, point
     )

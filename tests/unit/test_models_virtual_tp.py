@@ -114,9 +114,9 @@ def test_every_sync_point_reduces_once_a_forward_pass(tiny_models):
     calls = []
 
     def counting(name):
-        def all_reduce(partial_LTH):
+        def all_reduce(partial_LTH, add_to_TH):
             calls.append((name, tuple(partial_LTH.shape)))
-            return partial_LTH.sum(dim=0)
+            return add_to_TH.add_(partial_LTH.sum(dim=0))
 
         return all_reduce
 
