@@ -59,8 +59,9 @@ def encode(
     Static scales: code = clamp(round_half_even(x * inverse_scale)), -7 to 7 at 4 bits, with the code below (-8) for
     values that are not finite; asymmetric (x - minimum) * inverse_scale, 0 to 14, with 15 for those. e4m3 and e2m1
     round to nearest even and saturate; not finite are e4m3's NaN and e2m1's minus zero.
-    Group scales: see `reference_codes`; a group with a value that is not finite has the scale NaN and codes 0, and so
-    has an asymmetric group whose minimum is beyond bf16. Prescaled layouts group `x * inverse_scale`.
+    Group scales: see `reference_codes`; a group with a value that is not finite has the scale NaN, the minimum NaN and
+    codes 0, and so has an asymmetric group whose minimum is beyond bf16. A minimum of zero is sent as +0. Prescaled
+    layouts group `x * inverse_scale`.
     bf16 values round to nearest even, so a finite value beyond the range of bf16 becomes Inf.
     Raises TypeError for another dtype of x.
     """

@@ -87,7 +87,7 @@ def encode_groups(body: Tensor, layout: PacketLayout) -> tuple[Tensor, GroupSide
     finite_TG = torch.isfinite(y_TGS).all(dim=2)
     minimum_TG = None
     if layout.asymmetric:
-        minimum_TG = round_bf16(y_TGS.amin(dim=2))
+        minimum_TG = round_bf16(y_TGS.amin(dim=2)) + 0.0  # +0 where it is -0: which of them is the minimum is chance
         finite_TG = finite_TG & torch.isfinite(minimum_TG)  # near the largest fp32 value, bf16 overflows
         minimum_TG = torch.where(finite_TG, minimum_TG, 0.0)
     y_TGS = torch.where(finite_TG[:, :, None], y_TGS, 0.0)
