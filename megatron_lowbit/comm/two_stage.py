@@ -69,6 +69,8 @@ class TwoStageAllReduce:
         self._name = name
         self._reduce_codec = reduce_codec
         self._gather_codec = gather_codec
+        self._layouts = (repr(reduce_codec.layout), repr(gather_codec.layout))  # buffers of equal ones are shared
+        self._row_nbytes = max(reduce_codec.layout.row_nbytes, gather_codec.layout.row_nbytes)
         self._overlaps = context.transport is not None and context.transport.overlaps
         self._piece_nbytes = piece_nbytes
         self._workspace = Workspace() if workspace is None else workspace
@@ -115,12 +117,10 @@ class TwoStageAllReduce:
 
     def _pieces(self, partial_TH: torch.Tensor) -> _Pieces:
         tokens, device = partial_TH.shape[0], partial_TH.device
-        layouts = self._reduce_codec.layout, self._gather_codec.layout
         count = 1
         if self._overlaps:
-            larger = max(layout.row_nbytes for layout in layouts)
-            count = max(1, min(tokens // self._context.size, round(tokens * larger / self._piece_nbytes)))
-        key = (tokens, count, *layouts, device)
+            count = max(1, min(tokens // self._context.size, round(tokens * self._row_nbytes / self._piece_nbytes)))
+        key = (tokens, count, self._layouts, device)
         return self._workspace.get(key, lambda: self._make_pieces(tokens, count, device))
 
     def _make_pieces(self, tokens: int, count: int, device: torch.device) -> _Pieces:

@@ -8,13 +8,12 @@ ours. The kernel moves bytes while the caller computes, which is what pieces of 
 from __future__ import annotations
 
 import collections
-import contextlib
+import ctypes
 import select
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -22,6 +21,9 @@ from megatron_lowbit.transport.base import CommunicationError, ranks_text
 
 #: number of the message on this connection, bytes that follow
 HEADER = struct.Struct("<IQ")
+
+LOW_WATER_NBYTES = 64 << 10
+KEPT_VIEWS = 4096
 
 
 class _Incoming:
@@ -46,6 +48,7 @@ class _Connection:
         self.inbox: collections.deque[_Incoming] = collections.deque()
         self.sent = self.received = 0  # messages
         self.events = 0  # what poll watches
+        self._low_water = 1
 
     def push(self) -> None:
         """Sends what the socket takes now."""
@@ -61,6 +64,14 @@ class _Connection:
                     return
                 count -= len(first)
                 self.outbox.popleft()
+
+    def await_whole_messages(self) -> None:
+        """Has poll report the next message when all of it is there, up to LOW_WATER_NBYTES: fewer wake-ups."""
+        message = self.inbox[0]
+        wanted = min(HEADER.size + len(message.payload) - message.nbytes, LOW_WATER_NBYTES)
+        if wanted != self._low_water:
+            self._low_water = wanted
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
 
     def pull(self, arrived: set[int]) -> None:
         """Reads what is there; adds the tickets of whole messages to `arrived`."""
@@ -110,21 +121,20 @@ class TcpMesh:
         self._poll = select.poll()
         self._arrived: set[int] = set()
         self._tickets = 0
-        self._expected = 0  # messages asked for and not yet arrived
+        self._views: dict[tuple[int, int], memoryview] = {}
 
     def send(self, peer: int, tensor: torch.Tensor) -> None:
         to = self._connections[peer]
-        payload = _bytes_of(tensor)
+        payload = self._bytes_of(tensor)
         to.sent += 1
         to.outbox.append(memoryview(HEADER.pack(to.sent, len(payload))))
         to.outbox.append(payload)
         if len(to.outbox) == 2:
-            with self._contact(to):
-                to.push()
+            self._serve(to, reading=False)
 
     def receive(self, peer: int, tensor: torch.Tensor) -> int:
         self._tickets += 1
-        self._connections[peer].inbox.append(_Incoming(_bytes_of(tensor), self._tickets))
+        self._connections[peer].inbox.append(_Incoming(self._bytes_of(tensor), self._tickets))
         return self._tickets
 
     def progress(self) -> None:
@@ -154,6 +164,8 @@ class TcpMesh:
     def _step(self, patience_ms: int) -> bool:
         """Waits up to so long for a socket to be ready and serves those that are; False where none was."""
         for descriptor, one in self._by_descriptor.items():
+            if one.inbox:
+                one.await_whole_messages()
             events = (select.POLLIN if one.inbox else 0) | (select.POLLOUT if one.outbox else 0)
             if events != one.events:
                 # a peer that we want nothing of may leave: it is not watched
@@ -164,22 +176,27 @@ class TcpMesh:
                 one.events = events
         ready = self._poll.poll(patience_ms)
         for descriptor, _ in ready:
-            one = self._by_descriptor[descriptor]
-            with self._contact(one):
-                one.push()
-                one.pull(self._arrived)
+            self._serve(self._by_descriptor[descriptor], reading=True)
         return bool(ready)
 
-    @contextlib.contextmanager
-    def _contact(self, one: _Connection) -> Iterator[None]:
+    def _serve(self, one: _Connection, reading: bool) -> None:
         try:
-            yield
+            if one.outbox:
+                one.push()
+            if reading:
+                one.pull(self._arrived)
         except OSError as error:
             reason = error.strerror or str(error)
             raise CommunicationError(f"rank {one.peer} ({reason})") from error
 
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    array: Any = tensor.view(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    def _bytes_of(self, tensor: torch.Tensor) -> memoryview:
+        """The memory of a tensor. Views are kept: collectives use the same buffers again and again."""
+        assert tensor.is_contiguous() and tensor.is_cpu
+        key = (tensor.data_ptr(), tensor.nbytes)
+        view = self._views.get(key)
+        if view is None:
+            if len(self._views) >= KEPT_VIEWS:
+                self._views.clear()
+            # by address, so that it holds no memory; it is used only while its caller holds the tensor
+            view = self._views[key] = memoryview((ctypes.c_ubyte * key[1]).from_address(key[0])).cast("B")
+        return view
