@@ -153,7 +153,7 @@ def _rows(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         raise ValueError(
             f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; expected {dtype} {shape} on {device}"
         )
-    if shape[-1] > 1 and tensor.stride(-1) != 1:
+    if shape[-1] > 1 and tensor.numel() and tensor.stride(-1) != 1:
         raise ValueError(
             f"{name} has strides {tensor.stride()}; the elements of a row must be adjacent (.contiguous())"
         )
