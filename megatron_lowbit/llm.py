@@ -11,6 +11,7 @@ import torch
 
 from megatron_lowbit.calibration.artifact import CommCalibration
 from megatron_lowbit.chat import render_chat
+from megatron_lowbit.comm.policy import Policy, PolicyLog, shared_policy
 from megatron_lowbit.comm.saturation import SaturationLog
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.generate import GenerationTimes, TokenGeneration
@@ -54,6 +55,8 @@ class LLM:
 
     model: a converted checkpoint, a Hugging Face directory, or weights loaded before. calibration: a file, or loaded.
     count_saturation: fill `saturation`, for statistics; costs a pass over every message.
+    policy: which messages of a two-stage scheme may go exactly or in one stage, by size: "auto" (defaults), a policy, a
+    file of `megatron-lowbit tune` (read by rank 0, for all), or None for the scheme at every size.
     Raises ValueError or FileNotFoundError for what does not fit, RankError where another rank failed.
     """
 
@@ -68,6 +71,7 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         backend: str = "auto",
         count_saturation: bool = False,
+        policy: str | Path | Policy | None = "auto",
     ) -> None:
         self.scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
         if isinstance(model, ModelWeights):
@@ -82,7 +86,10 @@ class LLM:
         #: filled while the model runs, where it was asked for
         self.saturation: SaturationLog = {}
         log = self.saturation if count_saturation else None
-        self.model = self.weights.build_with_scheme(self.scheme, calibration, backend, log)
+        #: how often each collective was taken
+        self.policy_log = PolicyLog()
+        chosen = shared_policy(self.weights.context, policy)
+        self.model = self.weights.build_with_scheme(self.scheme, calibration, backend, log, chosen, self.policy_log)
         self.times = GenerationTimes()
 
     def stream(self, prompts: Sequence[str], params: SamplingParams | None = None) -> Iterator[TextEvent]:

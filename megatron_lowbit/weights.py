@@ -15,8 +15,10 @@ from megatron_lowbit.checkpoint.open import open_checkpoint
 from megatron_lowbit.checkpoint.reader import CheckpointReader, check_complete
 from megatron_lowbit.checkpoint.tensor_parallel import TensorParallelCheckpoint
 from megatron_lowbit.comm.all_reduce import AllReduce, SingleRankAllReduce, build_all_reduce
+from megatron_lowbit.comm.policy import Policy, PolicyLog
 from megatron_lowbit.comm.saturation import SaturationCounter, SaturationLog
 from megatron_lowbit.comm.schemes import CommScheme
+from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.config import ModelConfig
 from megatron_lowbit.layers.sharded import assign_parameters, sharded_parameters
 from megatron_lowbit.models.decoder import AllReduceFactory, Decoder
@@ -49,21 +51,33 @@ class ModelWeights:
         calibration: CommCalibration | None = None,
         backend: str = "auto",
         saturation: SaturationLog | None = None,
+        policy: Policy | None = None,
+        policy_log: PolicyLog | None = None,
     ) -> Decoder:
         """A model whose sync points all use `scheme`.
 
         Called on all ranks alike. Raises ValueError (RankError on several ranks) where the scheme needs a calibration
-        that is missing or of another model or size. saturation: gets a counter for every sync point, if given.
+        that is missing or of another model or size. saturation: gets a counter for every sync point, if given. policy:
+        lets small messages of a two-stage scheme go another way (the log counts which); None: the scheme at every size.
         """
-        model = self.context.together(lambda: self._build_with_scheme(scheme, calibration, backend, saturation))
+        model = self.context.together(
+            lambda: self._build_with_scheme(scheme, calibration, backend, saturation, policy, policy_log)
+        )
         self.context.agree_same(repr(scheme), "the communication scheme")
+        self.context.agree_same(policy and policy.to_json(), "the policy")
         # a rank decodes with its own copy of the senders' scales: other numbers there, and replicas drift apart unseen
         used = calibration.digest()[:12] if scheme.needs_calibration and calibration is not None else None
         self.context.agree_same(used, "the calibration")
         return model
 
     def _build_with_scheme(
-        self, scheme: CommScheme, calibration: CommCalibration | None, backend: str, saturation: SaturationLog | None
+        self,
+        scheme: CommScheme,
+        calibration: CommCalibration | None,
+        backend: str,
+        saturation: SaturationLog | None,
+        policy: Policy | None,
+        policy_log: PolicyLog | None,
     ) -> Decoder:
         if self.context.size == 1:
             return self.build(lambda name: SingleRankAllReduce())
@@ -71,10 +85,15 @@ class ModelWeights:
             calibration.check_fits(self.fingerprint, self.context.size, "file")
         scheme = scheme.for_dtype(self.dtype)
 
+        workspace = Workspace()
+
         def all_reduce(name: str) -> AllReduce:
             counter = None if saturation is None else saturation.setdefault(name, SaturationCounter())
             constants = sync_point_constants(scheme, name, self.config.hidden_size, calibration, self.context.device)
-            return build_all_reduce(self.context, scheme, self.config.hidden_size, constants, backend, name, counter)
+            return build_all_reduce(
+                self.context, scheme, self.config.hidden_size, constants, backend, name, counter, policy, policy_log,
+                workspace, self.dtype,
+            )  # fmt: skip
 
         return self.build(all_reduce)
 

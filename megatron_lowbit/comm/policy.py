@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from megatron_lowbit.comm.two_stage import PIECE_NBYTES
 from megatron_lowbit.files import replacing
+from megatron_lowbit.parallel import ParallelContext
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 Collective = Literal["exact", "one-stage", "two-stage"]
 COLLECTIVES: tuple[str, ...] = get_args(Collective)
 VERSION = 1
+#: A piece size that no message reaches: messages are not cut.
+WHOLE = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class Choice:
 
     @property
     def name(self) -> str:
-        pieces = f" in pieces of {self.piece_nbytes >> 10} KiB" if self.collective == "two-stage" else ""
-        return self.collective + pieces
+        if self.collective != "two-stage" or self.piece_nbytes >= WHOLE:
+            return self.collective
+        return f"two-stage in pieces of {self.piece_nbytes >> 10} KiB"
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,19 @@ def load_policy(path: Path) -> Policy:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable policy file ({error})") from error
     return policy_from_json(data, str(path))
+
+
+def shared_policy(context: ParallelContext, policy: str | Path | Policy | None) -> Policy | None:
+    """The policy that all ranks use: "auto" for the defaults, a file (rank 0's, sent to all), one given, or None.
+
+    Raises ValueError (RankError on several ranks) for a file that is not one.
+    """
+    if policy is None or isinstance(policy, Policy):
+        return policy
+    if policy == "auto":
+        return default_policy(context.size)
+    data = context.together(lambda: load_policy(Path(policy)).to_json() if context.is_first else None)
+    return policy_from_json(context.broadcast_json(data), str(policy))
 
 
 def save_policy(policy: Policy, path: Path, conditions: dict[str, Any]) -> None:

@@ -1,42 +1,97 @@
-"""Latency of all-reduces: each scheme and torch's own take turns, so that drift of the machine hits all alike."""
+"""Latency of all-reduces: each scheme, the policy's choice and torch's own take turns in one run."""
 
 from __future__ import annotations
 
-import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from lowbit_tools.timing import interleaved, ratio_interval
 from megatron_lowbit.calibration.artifact import SyncPointStatistics
 from megatron_lowbit.calibration.observer import RangeObserver
 from megatron_lowbit.calibration.outliers import constants_from_statistics
-from megatron_lowbit.comm.all_reduce import build_all_reduce
+from megatron_lowbit.comm.all_reduce import AllReduce, build_all_reduce
+from megatron_lowbit.comm.policy import Policy
 from megatron_lowbit.comm.reference import all_reduce as reference_all_reduce
-from megatron_lowbit.comm.schemes import CommScheme
+from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
+from megatron_lowbit.comm.two_stage import PIECE_NBYTES
+from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.parallel import ParallelContext
 
 # Shapes: R ranks, T tokens, H hidden features.
 
 BASELINE = "torch.distributed.all_reduce"
-WARM_UP_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class AllReduceRow:
-    """Microseconds of the slowest rank over interleaved rounds; ratio above 1 is faster than torch's all-reduce."""
+    """Microseconds of the slowest rank over interleaved rounds; ratio above 1 is faster than torch's all-reduce.
+
+    chosen: what the policy took, for its rows. ratio_low, ratio_high: 95 % interval of the ratio of medians.
+    sent_nbytes: payload of the rank that sends most, in one call; None for torch's own, which does not say.
+    """
 
     tokens: int
     hidden: int
     scheme: str
+    chosen: str
     tp: int
+    rounds: int
     median_us: float
     p10_us: float
     p90_us: float
     ratio_to_torch_all_reduce: float
+    ratio_low: float
+    ratio_high: float
+    sent_nbytes: int | None
+
+
+class Message:
+    """Random bf16 partials of one size: all ranks draw all of them, so that each can check the result by itself."""
+
+    def __init__(self, context: ParallelContext, tokens: int, hidden: int) -> None:
+        generator = torch.Generator().manual_seed(tokens)
+        self.partials = [torch.randn(tokens, hidden, generator=generator).bfloat16() for _ in range(context.size)]
+        self.mine_LTH = self.partials[context.rank].to(context.device).unsqueeze(0)
+        #: written again and again, as torch's all-reduce does with its argument
+        self.out_TH = torch.zeros(tokens, hidden, device=context.device)
+        self._context = context
+
+    def all_reduce(
+        self, scheme: CommScheme, backend: str, policy: Policy | None, piece_nbytes: int, workspace: Workspace
+    ) -> AllReduce:
+        """The collective for this message; its scales fit these values, as latency does not depend on them."""
+        wire = scheme.for_dtype(torch.bfloat16)
+        constants = constants_from_statistics(wire, "bench", _statistics(self.partials)).to(self._context.device)
+        hidden = self.out_TH.shape[1]
+        return build_all_reduce(
+            self._context, wire, hidden, constants, backend, policy=policy, piece_nbytes=piece_nbytes,
+            workspace=workspace,
+        )  # fmt: skip
+
+    def check(self, all_reduce: AllReduce, scheme: CommScheme) -> None:
+        """AssertionError unless the result is the reference's, bit for bit."""
+        wire = scheme.for_dtype(torch.bfloat16)
+        constants = constants_from_statistics(wire, "bench", _statistics(self.partials))
+        expected = reference_all_reduce(self.partials, wire, constants)
+        assert torch.equal(all_reduce(self.mine_LTH).cpu(), expected), f"{scheme.name} differs from the reference"
+
+    def call(self, all_reduce: AllReduce) -> Callable[[], object]:
+        return lambda: all_reduce(self.mine_LTH, self.out_TH)
+
+    def torch_call(self) -> Callable[[], object]:
+        """torch's all-reduce of the bf16 partials."""
+        buffer = torch.empty_like(self.mine_LTH[0])
+
+        def call() -> None:
+            # the in-place sum would grow without bound; the copy is the same for a caller that keeps its partial
+            buffer.copy_(self.mine_LTH[0])
+            dist.all_reduce(buffer, group=self._context.group)
+
+        return call
 
 
 def bench_all_reduce(
@@ -47,82 +102,55 @@ def bench_all_reduce(
     rounds: int,
     backend: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    policy: Policy | None = None,
+    piece_nbytes: int = PIECE_NBYTES,
 ) -> list[AllReduceRow]:
-    """Rows of torch's baseline and every scheme for each number of tokens.
+    """Rows of torch's baseline and every scheme for each number of tokens; with a policy, its choice for each too.
 
-    Each scheme's result is compared bit for bit with the reference before anything is timed; AssertionError where
-    they differ.
+    Each result is compared bit for bit with the reference before anything is timed; AssertionError where they differ.
     """
     rows = []
     for done, tokens in enumerate(sizes):
-        # all ranks draw all partials, so that each can check the result by itself
-        generator = torch.Generator().manual_seed(tokens)
-        partials = [torch.randn(tokens, hidden, generator=generator).bfloat16() for _ in range(context.size)]
-        mine = partials[context.rank].to(context.device)
-        calls: dict[str, Callable[[], object]] = {BASELINE: _torch_all_reduce(context, mine)}
+        message, workspace = Message(context, tokens, hidden), Workspace()
+        calls: dict[str, Callable[[], object]] = {BASELINE: message.torch_call()}
+        chosen, sent = {}, {}
         for scheme in schemes:
-            wire = scheme.for_dtype(torch.bfloat16)
-            constants = constants_from_statistics(wire, "bench", _statistics(partials))
-            expected = reference_all_reduce(partials, wire, constants)
-            all_reduce = build_all_reduce(context, wire, hidden, constants.to(context.device), backend)
-            assert torch.equal(all_reduce(mine.unsqueeze(0)).cpu(), expected), f"{scheme.name} differs from reference"
-            calls[scheme.name] = functools.partial(all_reduce, mine.unsqueeze(0))
-        times = _interleaved(context, calls, rounds)
+            forced = message.all_reduce(scheme, backend, None, piece_nbytes, workspace)
+            sent[scheme.name] = _sent_nbytes(context, message, forced, scheme)
+            calls[scheme.name] = message.call(forced)
+            if policy is not None and scheme.gather_stage is not None:
+                name, choice = f"{scheme.name}, policy", policy.choose(tokens, hidden)
+                chosen[name] = choice.name
+                free = message.all_reduce(scheme, backend, policy, piece_nbytes, workspace)
+                actual = {"exact": parse_scheme("exact:one-stage"), "two-stage": scheme}.get(
+                    choice.collective, parse_scheme(f"{scheme.name}:one-stage")
+                )
+                sent[name] = _sent_nbytes(context, message, free, actual)
+                calls[name] = message.call(free)
+        times = interleaved(context, calls, rounds)
         baseline = statistics.median(times[BASELINE])
         for name, seconds in times.items():
             ordered = sorted(1e6 * value for value in seconds)
             median = statistics.median(ordered)
+            low, high = ratio_interval(times[BASELINE], seconds)
             rows.append(
                 AllReduceRow(
-                    tokens,
-                    hidden,
-                    name,
-                    context.size,
-                    median,
-                    ordered[len(ordered) // 10],
-                    ordered[9 * len(ordered) // 10],
-                    1e6 * baseline / median,
+                    tokens, hidden, name, chosen.get(name, ""), context.size, rounds, median,
+                    ordered[len(ordered) // 10], ordered[9 * len(ordered) // 10], 1e6 * baseline / median, low, high,
+                    sent.get(name),
                 )
-            )
+            )  # fmt: skip
         if progress is not None:
             progress(done + 1, len(sizes))
     return rows
 
 
-def _torch_all_reduce(context: ParallelContext, mine: torch.Tensor) -> Callable[[], object]:
-    buffer = torch.empty_like(mine)
-
-    def call() -> None:
-        # the in-place sum would grow without bound; the copy is the same for a caller that keeps its partial
-        buffer.copy_(mine)
-        dist.all_reduce(buffer, group=context.group)
-
-    return call
-
-
-def _interleaved(
-    context: ParallelContext, calls: dict[str, Callable[[], object]], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each call and round, the slowest rank's, the same on all ranks."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + WARM_UP_ROUNDS):
-        for name, call in calls.items():
-            _synchronise(context)
-            context.barrier()
-            began = time.perf_counter()
-            call()
-            _synchronise(context)
-            if turn >= WARM_UP_ROUNDS:
-                times[name].append(time.perf_counter() - began)
-    return {
-        name: [max(column) for column in zip(*context.all_gather_json(values), strict=True)]
-        for name, values in times.items()
-    }
-
-
-def _synchronise(context: ParallelContext) -> None:
-    if context.device.type == "cuda":
-        torch.cuda.synchronize(context.device)
+def _sent_nbytes(context: ParallelContext, message: Message, all_reduce: AllReduce, scheme: CommScheme) -> int:
+    """Checks one call, and says what the busiest rank sent in it."""
+    context.traffic.reset()
+    message.check(all_reduce, scheme)
+    sent = context.traffic.total_nbytes()
+    return int(max(context.all_gather_json(sent)))
 
 
 def _statistics(partials: Sequence[torch.Tensor]) -> SyncPointStatistics:

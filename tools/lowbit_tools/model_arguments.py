@@ -9,6 +9,7 @@ from pathlib import Path
 from lowbit_tools import local_ranks
 from lowbit_tools.output import progress_bar
 from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.comm.policy import Policy, shared_policy
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.tokenizer import Tokenizer
@@ -40,6 +41,18 @@ def load_calibration(path: Path | None, context: ParallelContext) -> CommCalibra
     if path is None:
         return None
     return context.together(functools.partial(CommCalibration.load, path))
+
+
+def add_policy_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--policy", default="auto", metavar="auto|none|FILE",
+        help=f"{what} (default: auto; none: the scheme at every size; FILE: from `megatron-lowbit tune`)",
+    )  # fmt: skip
+
+
+def load_policy(text: str, context: ParallelContext) -> Policy | None:
+    """The policy that `--policy` names, the same on all ranks; ValueError where a file is not one."""
+    return shared_policy(context, None if text == "none" else text)
 
 
 def dtype_name(weights: ModelWeights) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lowbit_tools import local_ranks, model_arguments, output
 from lowbit_tools.all_reduce_bench import bench_all_reduce
+from megatron_lowbit.comm.two_stage import PIECE_NBYTES
 
 NAME = "bench"
 HELP = "Time the collectives on this cluster's links."
@@ -24,6 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", default="auto", choices=("auto", "torch", "cpu", "triton"), help="codec implementation"
     )
+    model_arguments.add_policy_argument(parser, "also time what this policy chooses for each size")
+    parser.add_argument(
+        "--piece-kib", type=int, default=PIECE_NBYTES >> 10, metavar="N",
+        help=f"packet KiB of a piece in two stages (default: {PIECE_NBYTES >> 10})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--link", metavar="RATE", help="what a link can carry, say 1gbit: adds the share of its time that moves payload"
+    )
     local_ranks.add_arguments(parser, virtual=False)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write conditions and rows as JSON")
 
@@ -32,9 +41,22 @@ def check(args: argparse.Namespace) -> None:
     """ValueError for arguments that make no sense, before any rank starts."""
     sizes = _sizes(args.tokens)
     model_arguments.parse_schemes(args.schemes)
-    for flag, value, least in (("--tokens", min(sizes), 0), ("--hidden", args.hidden, 1), ("--rounds", args.rounds, 1)):
+    link_rate(args.link)
+    least_values = (("--tokens", min(sizes), 0), ("--hidden", args.hidden, 1), ("--rounds", args.rounds, 1))
+    for flag, value, least in (*least_values, ("--piece-kib", args.piece_kib, 1)):
         if value < least:
             raise ValueError(f"{flag} is {value}; it must be at least {least}")
+
+
+def link_rate(text: str | None) -> float | None:
+    """Bits a second of a rate as `tc` writes it (`1gbit`, `100mbit`); ValueError for anything else."""
+    if text is None:
+        return None
+    for unit, factor in (("gbit", 1e9), ("mbit", 1e6), ("kbit", 1e3)):
+        number = text.removesuffix(unit)
+        if number != text and number.replace(".", "", 1).isdecimal() and float(number) > 0:
+            return float(number) * factor
+    raise ValueError(f"--link is {text!r}; give a rate such as 1gbit, 2.5gbit or 100mbit")
 
 
 def _sizes(text: str) -> list[int]:
@@ -49,21 +71,36 @@ def run(args: argparse.Namespace) -> None:
     context = local_ranks.context_of(args)
     if context.size < 2:
         raise ValueError("an all-reduce needs at least 2 ranks: pass --tp N or start it with torchrun")
+    policy = model_arguments.load_policy(args.policy, context)
     with output.progress_bar("timing (messages)", context) as progress:
-        timed = bench_all_reduce(context, sizes, args.hidden, schemes, args.rounds, args.backend, progress)
+        timed = bench_all_reduce(
+            context, sizes, args.hidden, schemes, args.rounds, args.backend, progress, policy, args.piece_kib << 10
+        )
     rows = [asdict(row) for row in timed]
-    facts = output.conditions(context, rounds=args.rounds, dtype="bf16", backend=args.backend)
+    link = link_rate(args.link)
+    for row in rows:
+        carries = link is not None and row["sent_nbytes"] is not None
+        row["link_use"] = 8e6 * row["sent_nbytes"] / row["median_us"] / link if carries and link else None
+    assert context.transport is not None
+    facts = output.conditions(
+        context, rounds=args.rounds, dtype="bf16", backend=args.backend, link=args.link,
+        transport=context.transport.name, piece_kib=args.piece_kib, policy=policy and policy.to_json(),
+    )  # fmt: skip
     columns = {
         "tokens": lambda row: str(row["tokens"]),
         "scheme": lambda row: row["scheme"],
+        "took": lambda row: row["chosen"],
         "median µs": lambda row: f"{row['median_us']:,.0f}",
         "p10": lambda row: f"{row['p10_us']:,.0f}",
         "p90": lambda row: f"{row['p90_us']:,.0f}",
-        "speed-up over torch": lambda row: f"{row['ratio_to_torch_all_reduce']:.2f}x",
+        "over torch": lambda row: f"{row['ratio_to_torch_all_reduce']:.2f}x",
+        "95 %": lambda row: f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
     }
+    if link:
+        columns["link use"] = lambda row: "" if row["link_use"] is None else f"{100 * row['link_use']:.0f} %"
     caption = (
         f"hidden {args.hidden}, bf16 partials, {context.size} ranks on {facts['device']}, {args.rounds} rounds, "
-        f"interleaved, slowest rank of each; torch {facts['torch']}"
+        f"interleaved, slowest rank of each; torch {facts['torch']}; over {context.transport.name}"
     )
     output.console(context).print(output.table("All-reduce", rows, columns, caption))
     output.write_json(args.json, context, facts, rows)

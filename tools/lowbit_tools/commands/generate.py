@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
     parser.add_argument("--chat", action="store_true", help="wrap each prompt as a user's message in the chat format")
+    model_arguments.add_policy_argument(parser, "which messages may go exactly or in one stage, by size")
     parser.add_argument("--stats", action="store_true", help="show tokens a second, bytes sent and saturation")
 
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     calibration = model_arguments.load_calibration(args.calibration, context)
     llm = LLM(
         weights, scheme=args.scheme, calibration=calibration, tokenizer=tokenizer, backend=args.backend,
-        count_saturation=args.stats,
+        count_saturation=args.stats, policy=model_arguments.load_policy(args.policy, context),
     )  # fmt: skip
     context.traffic.reset()
     if args.chat:
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         "prefill_tokens_per_s": times.prefill_tokens_per_s,
         "decode_tokens_per_s": times.decode_tokens_per_s,
         "sent_nbytes": dict(context.traffic.sent_nbytes),
+        "collectives": llm.policy_log.counts,
         "saturation": {
             name: {"values": counter.values, "saturated": counter.saturated, "non_finite": counter.non_finite}
             for name, counter in llm.saturation.items()
@@ -81,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
             f"prefill {times.prefill_tokens_per_s:.1f} tokens/s, decode {times.decode_tokens_per_s:.1f} tokens/s; "
             f"bytes sent by rank 0: {sent}"
         )
+        taken = ", ".join(f"{name} {count:,} times" for name, count in llm.policy_log.counts.items())
+        output.console(context).print(f"collectives: {taken or 'the scheme alone'}")
         _show_saturation(llm, output.console(context))
     facts = output.conditions(
         context, model=str(args.model), dtype=model_arguments.dtype_name(weights), temperature=args.temperature,
