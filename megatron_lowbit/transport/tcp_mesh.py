@@ -29,9 +29,10 @@ KEPT_VIEWS = 4096
 class _Incoming:
     """One expected message: header and payload, filled from the front."""
 
-    __slots__ = ("header", "nbytes", "payload", "rest", "ticket")
+    __slots__ = ("header", "nbytes", "payload", "tensor", "ticket")
 
-    def __init__(self, payload: memoryview, ticket: int) -> None:
+    def __init__(self, tensor: torch.Tensor, payload: memoryview, ticket: int) -> None:
+        self.tensor = tensor  # `payload` is its memory by address: it must live as long
         self.header = bytearray(HEADER.size)
         self.payload = payload
         self.nbytes = 0  # read so far, header included
@@ -46,6 +47,7 @@ class _Connection:
         self.socket = connection
         self.outbox: collections.deque[memoryview] = collections.deque()
         self.inbox: collections.deque[_Incoming] = collections.deque()
+        self.sending: list[torch.Tensor] = []  # whose memory the outbox holds by address
         self.sent = self.received = 0  # messages
         self.events = 0  # what poll watches
         self._low_water = 1
@@ -64,11 +66,17 @@ class _Connection:
                     return
                 count -= len(first)
                 self.outbox.popleft()
+        self.sending.clear()
 
     def await_whole_messages(self) -> None:
-        """Has poll report the next message when all of it is there, up to LOW_WATER_NBYTES: fewer wake-ups."""
+        """Has poll report the next message when all of it is there, up to LOW_WATER_NBYTES: fewer wake-ups.
+
+        Its header first: a message that is shorter than expected must be noticed, not waited for.
+        """
         message = self.inbox[0]
-        wanted = min(HEADER.size + len(message.payload) - message.nbytes, LOW_WATER_NBYTES)
+        wanted = HEADER.size - message.nbytes
+        if wanted <= 0:
+            wanted = min(HEADER.size + len(message.payload) - message.nbytes, LOW_WATER_NBYTES)
         if wanted != self._low_water:
             self._low_water = wanted
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
@@ -129,12 +137,13 @@ class TcpMesh:
         to.sent += 1
         to.outbox.append(memoryview(HEADER.pack(to.sent, len(payload))))
         to.outbox.append(payload)
+        to.sending.append(tensor)
         if len(to.outbox) == 2:
             self._serve(to, reading=False)
 
     def receive(self, peer: int, tensor: torch.Tensor) -> int:
         self._tickets += 1
-        self._connections[peer].inbox.append(_Incoming(self._bytes_of(tensor), self._tickets))
+        self._connections[peer].inbox.append(_Incoming(tensor, self._bytes_of(tensor), self._tickets))
         return self._tickets
 
     def progress(self) -> None:
@@ -197,6 +206,6 @@ class TcpMesh:
         if view is None:
             if len(self._views) >= KEPT_VIEWS:
                 self._views.clear()
-            # by address, so that it holds no memory; it is used only while its caller holds the tensor
+            # by address, so that it holds no memory; messages under way hold the tensor
             view = self._views[key] = memoryview((ctypes.c_ubyte * key[1]).from_address(key[0])).cast("B")
         return view

@@ -89,11 +89,8 @@ def _tune_size(
     row_nbytes = scheme.reduce_stage.packet_layout(hidden).row_nbytes
     for choice in choices:
         only = Policy(((1 << 62, choice),))
-        if (
-            choice.collective == "two-stage"
-            and choice.piece_nbytes < WHOLE
-            and 4 * tokens * hidden < choice.piece_nbytes
-        ):
+        cut = choice.collective == "two-stage" and choice.piece_nbytes < WHOLE
+        if cut and tokens * row_nbytes < 1.5 * choice.piece_nbytes:
             continue  # a single piece, as the whole message is
         by_name[choice.name] = choice
         calls[choice.name] = message.call(message.all_reduce(scheme, backend, only, choice.piece_nbytes, workspace))
