@@ -1,6 +1,7 @@
 """Builds the compiled codec. Everything else about the project stands in pyproject.toml."""
 
 import os
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -13,7 +14,7 @@ setup(
         Extension(
             "lowbit_kernels._codec",
             sources=["kernels/lowbit_kernels/csrc/codec.c"],
-            depends=[f"kernels/lowbit_kernels/csrc/{name}.h" for name in ("rows", "encode_rows", "decode_rows")],
+            depends=glob("kernels/lowbit_kernels/csrc/*.h"),
             extra_compile_args=FLAGS,
             optional=True,  # without a compiler the install goes on, and the torch codec is used
         )

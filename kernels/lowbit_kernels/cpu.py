@@ -8,29 +8,19 @@ Legend: T tokens, H hidden features, K outliers, R ranks, B bytes of a row.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lowbit_kernels.checks import check_decode, check_decode_sum, check_encode
+from lowbit_kernels.checks import check_decode, check_decode_add_norm, check_decode_sum, check_encode, check_requantize
+from lowbit_kernels.cpu_library import c_layout, library
 from lowbit_kernels.layout import PacketLayout
 
 name = "cpu"
 
-_FIELDS = (
-    *("features", "bits", "group_size", "outliers"),
-    *("body", "codes_nbytes", "scales_offset", "outliers_offset", "row_nbytes"),
-)
 _NO_MEMORY = 1
 _BAD_OUTLIER_INDEX = 2
-
-
-class _Layout(ctypes.Structure):
-    _fields_ = [(field, ctypes.c_int64) for field in _FIELDS]
 
 
 def why_missing(device: torch.device) -> str:
@@ -38,7 +28,7 @@ def why_missing(device: torch.device) -> str:
     if device.type != "cpu":
         return "it takes tensors on a CPU only"
     try:
-        _library()
+        library()
     except FileNotFoundError as error:
         return str(error)
     return ""
@@ -51,12 +41,13 @@ def encode(
     inverse_scale: Tensor | None = None,
     body_index: Tensor | None = None,
     outlier_index: Tensor | None = None,
+    minimum: Tensor | None = None,
 ) -> None:
     """See `reference.encode`. Also ValueError for an `outlier_index` that is not ascending within 0..H-1."""
-    check_encode(x_TH, layout, packet_TB, inverse_scale, body_index, outlier_index)
+    check_encode(x_TH, layout, packet_TB, inverse_scale, body_index, outlier_index, minimum)
     _demand_cpu(x_TH)
-    status = _library().lowbit_encode(
-        _c_layout(layout),
+    status = library().lowbit_encode(
+        c_layout(layout),
         x_TH.data_ptr(),
         x_TH.stride(0) * x_TH.element_size(),
         x_TH.dtype == torch.bfloat16,
@@ -64,6 +55,7 @@ def encode(
         packet_TB.data_ptr(),
         packet_TB.stride(0),
         _pointer(inverse_scale),
+        _pointer(minimum),
         _pointer(outlier_index),
     )
     _raise(status, outlier_index)
@@ -76,10 +68,25 @@ def decode(
     scale: Tensor | None = None,
     body_index: Tensor | None = None,
     outlier_index: Tensor | None = None,
+    minimum: Tensor | None = None,
+    add: bool = False,
 ) -> None:
     """See `reference.decode`. Also ValueError for an `outlier_index` that is not ascending within 0..H-1."""
-    check_decode(packet_TB, layout, out_TH, scale, body_index, outlier_index)
-    _decode_sum([packet_TB], layout, out_TH, scale, 0, outlier_index)
+    check_decode(packet_TB, layout, out_TH, scale, body_index, outlier_index, minimum)
+    _demand_cpu(out_TH)
+    status = library().lowbit_decode(
+        c_layout(layout),
+        packet_TB.data_ptr(),
+        packet_TB.stride(0),
+        out_TH.shape[0],
+        out_TH.data_ptr(),
+        out_TH.stride(0),
+        _pointer(scale),
+        _pointer(minimum),
+        _pointer(outlier_index),
+        add,
+    )
+    _raise(status, outlier_index)
 
 
 def decode_sum(
@@ -89,68 +96,103 @@ def decode_sum(
     scale_RH: Tensor | None = None,
     body_index: Tensor | None = None,
     outlier_index: Tensor | None = None,
+    minimum_RH: Tensor | None = None,
 ) -> None:
     """See `reference.decode_sum`. Also ValueError for an `outlier_index` that is not ascending within 0..H-1."""
-    packets = check_decode_sum(packets_RTB, layout, out_TH, scale_RH, body_index, outlier_index)
-    scale_stride = 0 if scale_RH is None else scale_RH.stride(0)
-    _decode_sum(packets, layout, out_TH, scale_RH, scale_stride, outlier_index)
-
-
-def _decode_sum(
-    packets: list[Tensor],
-    layout: PacketLayout,
-    out_TH: Tensor,
-    scale: Tensor | None,
-    scale_stride: int,
-    outlier_index: Tensor | None,
-) -> None:
+    packets = check_decode_sum(packets_RTB, layout, out_TH, scale_RH, body_index, outlier_index, minimum_RH)
     _demand_cpu(out_TH)
-    ranks = len(packets)
-    status = _library().lowbit_decode_sum(
-        _c_layout(layout),
-        (ctypes.c_void_p * ranks)(*[packet_TB.data_ptr() for packet_TB in packets]),
-        (ctypes.c_int64 * ranks)(*[packet_TB.stride(0) for packet_TB in packets]),
-        ranks,
+    status = library().lowbit_decode_sum(
+        c_layout(layout),
+        *_pointers(packets),
         out_TH.shape[0],
         out_TH.data_ptr(),
         out_TH.stride(0),
-        _pointer(scale),
-        scale_stride,
+        *_rows(scale_RH),
+        *_rows(minimum_RH),
         _pointer(outlier_index),
+        0,
     )
     _raise(status, outlier_index)
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """The compiled library, from the folder of this package. Raises FileNotFoundError, saying how to build it."""
-    folder = Path(__file__).parent
-    paths = [folder / f"_codec{suffix}" for suffix in EXTENSION_SUFFIXES]
-    found = next((path for path in paths if path.exists()), None)
-    if found is None:
-        raise FileNotFoundError(
-            f"the compiled codec is not in {folder}; install a C compiler (gcc or clang), then pip install again"
-        )
-    library = ctypes.CDLL(str(found))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    # Without types, a Python int would travel as a C int, which is too short for a pointer.
-    library.lowbit_encode.argtypes = [
-        *(pointer, pointer, integer, ctypes.c_int, integer, pointer, integer, pointer, pointer)
-    ]
-    library.lowbit_decode_sum.argtypes = [
-        *(pointer, pointer, pointer, integer, integer, pointer, integer, pointer, integer, pointer)
-    ]
-    return library
+def requantize(
+    packets_RTB: Tensor | Sequence[Tensor],
+    layout: PacketLayout,
+    packet_TB: Tensor,
+    gather_layout: PacketLayout,
+    scale_RH: Tensor | None = None,
+    body_index: Tensor | None = None,
+    outlier_index: Tensor | None = None,
+    minimum_RH: Tensor | None = None,
+    *,
+    gather_inverse_scale: Tensor | None = None,
+    gather_body_index: Tensor | None = None,
+    gather_outlier_index: Tensor | None = None,
+    gather_minimum: Tensor | None = None,
+) -> None:
+    """See `reference.requantize`. Also ValueError for indices that are not ascending within 0..H-1."""
+    packets = check_requantize(
+        packets_RTB, layout, packet_TB, gather_layout, scale_RH, body_index, outlier_index, minimum_RH,
+        gather_inverse_scale, gather_body_index, gather_outlier_index, gather_minimum,
+    )  # fmt: skip
+    _demand_cpu(packet_TB)
+    status = library().lowbit_requantize(
+        c_layout(layout),
+        *_pointers(packets),
+        packet_TB.shape[0],
+        *_rows(scale_RH),
+        *_rows(minimum_RH),
+        _pointer(outlier_index),
+        c_layout(gather_layout),
+        packet_TB.data_ptr(),
+        packet_TB.stride(0),
+        _pointer(gather_inverse_scale),
+        _pointer(gather_minimum),
+        _pointer(gather_outlier_index),
+    )
+    _raise(status, outlier_index, gather_outlier_index)
 
 
-@functools.lru_cache(maxsize=64)
-def _c_layout(layout: PacketLayout) -> ctypes.Array:
-    """The layout as C sees it, by reference. Filling it in takes longer than encoding a short row."""
-    return (_Layout * 1)(_Layout(*[getattr(layout, field) for field in _FIELDS]))
+def decode_add_norm(
+    packet_TB: Tensor,
+    layout: PacketLayout,
+    residual_TH: Tensor,
+    normed_TH: Tensor,
+    weight_H: Tensor,
+    eps: float,
+    scale: Tensor | None = None,
+    body_index: Tensor | None = None,
+    outlier_index: Tensor | None = None,
+    minimum: Tensor | None = None,
+    bias_H: Tensor | None = None,
+) -> None:
+    """See `reference.decode_add_norm`. Composed: torch's norm is as fast as the memory."""
+    check_decode_add_norm(
+        packet_TB, layout, residual_TH, normed_TH, weight_H, scale, body_index, outlier_index, minimum, bias_H
+    )
+    if bias_H is None:
+        decode(packet_TB, layout, residual_TH, scale, body_index, outlier_index, minimum, add=True)
+    else:  # the bias joins the decoded values first
+        values_TH = torch.empty(residual_TH.shape)
+        decode(packet_TB, layout, values_TH, scale, body_index, outlier_index, minimum)
+        residual_TH += values_TH.add_(bias_H)
+        residual_TH.masked_fill_(residual_TH.isnan(), torch.nan)  # hardware disagrees about NaN bits
+    normed_TH.copy_(torch.nn.functional.rms_norm(residual_TH, weight_H.shape, weight_H, eps))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _rows(tensor_RH: Tensor | None) -> tuple[int | None, int]:
+    """First row and the distance between rows."""
+    return (None, 0) if tensor_RH is None else (tensor_RH.data_ptr(), tensor_RH.stride(0))
+
+
+def _pointers(packets: list[Tensor]) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int64], int]:
+    ranks = len(packets)
+    starts = (ctypes.c_void_p * ranks)(*[packet_TB.data_ptr() for packet_TB in packets])
+    return starts, (ctypes.c_int64 * ranks)(*[packet_TB.stride(0) for packet_TB in packets]), ranks
 
 
 def _demand_cpu(tensor: Tensor) -> None:
@@ -158,8 +200,9 @@ def _demand_cpu(tensor: Tensor) -> None:
         raise ValueError(f"the cpu codec got tensors on {tensor.device}; move them to the CPU or take another backend")
 
 
-def _raise(status: int, outlier_index: Tensor | None) -> None:
+def _raise(status: int, *outlier_indices: Tensor | None) -> None:
     if status == _BAD_OUTLIER_INDEX:
-        raise ValueError(f"outlier_index {outlier_index} must be ascending, without repeats, within the features")
+        given = " or ".join(str(index) for index in outlier_indices if index is not None)
+        raise ValueError(f"outlier_index {given} must be ascending, without repeats, within the features")
     if status == _NO_MEMORY:
-        raise MemoryError("no memory for the scratch row of the codec")
+        raise MemoryError("no memory for the scratch rows of the codec")

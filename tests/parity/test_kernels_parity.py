@@ -16,8 +16,8 @@ from lowbit_kernels import PacketLayout, get_backend, reference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NEW = {"odd bits", "asymmetric", "small scales", "e4m3", "e2m1", "prescaled"}
 #: Families of formats that a backend does not know yet (it must refuse them), functions that it does not have yet.
-UNKNOWN = {"cpu": NEW, "triton": NEW, "torch": set()}
-MISSING = {"cpu": {"add", "requantize", "norm"}, "triton": {"add", "requantize", "norm"}, "torch": set()}
+UNKNOWN = {"cpu": set(), "triton": NEW, "torch": set()}
+MISSING = {"cpu": set(), "triton": {"add", "requantize", "norm"}, "torch": set()}
 CODES = [family for family in FAMILIES if family not in ("bf16", "fp32")]
 
 

@@ -1,0 +1,62 @@
+"""The compiled codec as ctypes sees it: the shared library beside this file, and a packet's layout as a C struct."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+from lowbit_kernels.layout import PacketLayout
+
+# Layout of csrc/rows.h, in its order; the enumerations there count as these do.
+_VALUES = ("int", "e4m3", "e2m1")
+_SCALE_FORMATS = ("bf16", "e4m3", "e8m0")
+_NUMBERS = (
+    *("body", "groups", "codes_nbytes", "row_scale_offset", "scales_offset", "scales_end", "minimums_offset"),
+    *("outliers_offset", "row_nbytes"),
+)
+_MOST_PLANES = 3
+
+
+@functools.lru_cache(maxsize=256)
+def c_layout(layout: PacketLayout) -> ctypes.Array[ctypes.c_int64]:
+    """`layout` as the C functions take it. Filling it in takes longer than encoding a short row."""
+    numbers = [layout.features, layout.bits, layout.group_size, layout.outliers, _VALUES.index(layout.values)]
+    numbers += [_SCALE_FORMATS.index(layout.scale_format), layout.asymmetric, layout.prescaled]
+    numbers += [getattr(layout, field) for field in _NUMBERS]
+    numbers.append(len(layout.planes))
+    for planes in (layout.planes, layout.plane_offsets):
+        numbers += [*planes, *[0] * (_MOST_PLANES - len(planes))]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled library, from the folder of this package. Raises FileNotFoundError, saying how to build it."""
+    folder = Path(__file__).parent
+    paths = [folder / f"_codec{suffix}" for suffix in EXTENSION_SUFFIXES]
+    found = next((path for path in paths if path.exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"the compiled codec is not in {folder}; install a C compiler (gcc or clang), then pip install again"
+        )
+    library = ctypes.CDLL(str(found))
+    pointer, integer, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    packets = (pointer, pointer, integer, integer)  # R of them, their row sizes, R, T
+    rows = (pointer, integer, pointer, integer, pointer)  # scales, minimums, and the distance of their rows; outliers
+    # Without types, a Python int would travel as a C int, which is too short for a pointer.
+    library.lowbit_encode.argtypes = [
+        *(pointer, pointer, integer, flag, integer, pointer, integer, pointer, pointer, pointer)
+    ]
+    library.lowbit_decode.argtypes = [
+        *(pointer, pointer, integer, integer, pointer, integer, pointer, pointer, pointer, flag)
+    ]
+    library.lowbit_decode_sum.argtypes = [pointer, *packets, pointer, integer, *rows, flag]
+    library.lowbit_requantize.argtypes = [
+        *(pointer, *packets, *rows),
+        *(pointer, pointer, integer, pointer, pointer, pointer),
+    ]
+    library.lowbit_only_plain.argtypes = [flag]
+    library.lowbit_only_plain.restype = None
+    return library
