@@ -1,13 +1,14 @@
-"""From ranges to constants: which features stay BF16 and how large one INT4 step of each other feature is."""
+"""From ranges to constants: which features stay BF16 and how large one step of each other feature is."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import torch
 
 from megatron_lowbit.calibration.artifact import CommCalibration, SyncPointStatistics
-from megatron_lowbit.comm.constants import NO_CONSTANTS, SyncPointConstants, bf16_scale
+from megatron_lowbit.comm.constants import NO_CONSTANTS, SyncPointConstants, static_constants
 from megatron_lowbit.comm.schemes import CommScheme
 from megatron_lowbit.comm.wire_format import WireFormat
 
@@ -37,10 +38,12 @@ def sync_point_constants(
 ) -> SyncPointConstants:
     """What `scheme` needs at the sync point `name`; raises ValueError where calibration is needed and absent."""
     if not scheme.needs_calibration:
-        return NO_CONSTANTS
+        sets = _index_sets(scheme, name, hidden, None)
+        return sets if sets is NO_CONSTANTS else sets.to(device)
     if calibration is None:
+        needs = "static scales" if scheme.has_static_stage else "calibrated outliers"
         raise ValueError(
-            f"scheme {scheme.name!r} has static scales and needs a calibration file; make one with "
+            f"scheme {scheme.name!r} has {needs} and needs a calibration file; make one with "
             "`megatron-lowbit calibrate MODEL OUT.safetensors` and pass it with --calibration"
         )
     if name not in calibration.sync_points or calibration.hidden != hidden:
@@ -52,35 +55,51 @@ def sync_point_constants(
 
 
 def constants_from_statistics(scheme: CommScheme, name: str, point: SyncPointStatistics) -> SyncPointConstants:
-    """Index set and scales that `scheme` derives from the ranges of one sync point; none where it needs none.
+    """Index set, scales and minimums that `scheme` derives from the ranges of one sync point; none where it needs none.
 
     name: seeds the random index set of baselines, which differs from sync point to sync point.
     """
-    if not scheme.needs_calibration:
+    sets = _index_sets(scheme, name, point.sum_min.shape[0], point)
+    if not scheme.has_static_stage:
+        return sets
+    reduce_scale, reduce_minimum = _body_constants(scheme.reduce_stage, sets, point.partial_min, point.partial_max)
+    gather_scale, gather_minimum = None, None
+    if scheme.gather_stage is not None:
+        bounds = point.sum_min[None], point.sum_max[None]
+        gather_scale, gather_minimum = _body_constants(scheme.gather_stage, sets, *bounds)
+    return replace(
+        sets,
+        reduce_scale_RD=reduce_scale,
+        gather_scale_1D=gather_scale,
+        reduce_minimum_RD=reduce_minimum,
+        gather_minimum_1D=gather_minimum,
+    )
+
+
+def _index_sets(scheme: CommScheme, name: str, hidden: int, point: SyncPointStatistics | None) -> SyncPointConstants:
+    count = scheme.outlier_count(hidden)
+    if not count:
         return NO_CONSTANTS
-    hidden = point.sum_min.shape[0]
-    count = scheme.reduce_stage.outlier_count(hidden)
-    outliers = body = None
-    if count:
-        if scheme.outlier_choice == "random":
-            outliers = random_outliers(hidden, count, name, scheme.seed)
-        else:
-            outliers = select_outliers(aggregated_range(point), count)
-        is_body = torch.ones(hidden, dtype=torch.bool)
-        is_body[outliers] = False
-        body = is_body.nonzero().flatten()
+    if scheme.outlier_choice == "random":
+        outliers = random_outliers(hidden, count, name, scheme.seed)
+    else:
+        assert point is not None
+        outliers = select_outliers(aggregated_range(point), count)
+    is_body = torch.ones(hidden, dtype=torch.bool)
+    is_body[outliers] = False
+    return SyncPointConstants(body_index=is_body.nonzero().flatten(), outlier_index=outliers)
 
-    def body_scale(wire: WireFormat | None, minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor | None:
-        if wire is None or not wire.is_static:
-            return None
-        scale = bf16_scale(_largest(minimum, maximum), wire.bits)
-        return (scale if body is None else scale[..., body]).contiguous()
 
-    return SyncPointConstants(
-        body_index=body,
-        outlier_index=outliers,
-        reduce_scale_RD=body_scale(scheme.reduce_stage, point.partial_min, point.partial_max),
-        gather_scale_1D=body_scale(scheme.gather_stage, point.sum_min[None], point.sum_max[None]),
+def _body_constants(
+    wire: WireFormat, sets: SyncPointConstants, minimum: torch.Tensor, maximum: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Scales and minimums of the features that travel as codes, derived from theirs alone."""
+    if wire.outlier_divisor and sets.body_index is not None:
+        minimum, maximum = minimum[..., sets.body_index], maximum[..., sets.body_index]
+    scale, lowest = static_constants(wire, minimum, maximum)
+    return (
+        None if scale is None else scale.contiguous(),
+        None if lowest is None else lowest.contiguous(),
     )
 
 

@@ -1,15 +1,14 @@
-"""CommScheme: what one all-reduce puts on the wire, by name. SCHEMES is the table of all names."""
+"""CommScheme: what one all-reduce puts on the wire, by name. SCHEMES is the table of the usual names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
+from megatron_lowbit.comm.format_names import GRAMMAR, OutlierChoice, parse_format
 from megatron_lowbit.comm.wire_format import WireFormat
 
-OutlierChoice = Literal["none", "calibrated", "random"]
 ONE_STAGE = "one-stage"
 
 
@@ -20,6 +19,8 @@ class CommScheme:
     reduce_stage: format of the partial sums on their way to the token's owner (two-stage) or to everybody (one-stage).
     gather_stage: format of the sum on its way back; None makes the scheme one-stage.
     outlier_choice: how the BF16 features are found: from calibrated ranges, or at random (seeded) as a baseline.
+
+    Raises ValueError where the stages set different features apart: one index set serves both.
     """
 
     name: str
@@ -28,17 +29,36 @@ class CommScheme:
     outlier_choice: OutlierChoice = "none"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        divisors = {wire.outlier_divisor for wire in self._formats} - {0}
+        if len(divisors) > 1 or (divisors and self.outlier_choice == "none"):
+            raise ValueError(
+                f"scheme {self.name!r}: outlier_divisor {sorted(divisors)} of its stages with outlier_choice "
+                f"{self.outlier_choice!r}; allowed: the same divisor in both, and 'calibrated' or 'random'"
+            )
+
     @property
     def stages(self) -> int:
         return 1 if self.gather_stage is None else 2
 
     @property
+    def has_static_stage(self) -> bool:
+        """True where a stage has static scales."""
+        return any(wire.is_static for wire in self._formats)
+
+    @property
     def needs_calibration(self) -> bool:
-        return self.reduce_stage.is_static or (self.gather_stage is not None and self.gather_stage.is_static)
+        return self.has_static_stage or (
+            self.outlier_choice == "calibrated" and any(wire.outlier_divisor for wire in self._formats)
+        )
+
+    def outlier_count(self, hidden: int) -> int:
+        """K, the features that travel as BF16 in the stages that set any apart."""
+        return max(wire.outlier_count(hidden) for wire in self._formats)
 
     def for_dtype(self, dtype: torch.dtype) -> CommScheme:
         """`exact` sends partial sums in the model's own dtype, which loses nothing; other schemes stay as they are."""
-        if self.name.split(":")[0] == "exact" and dtype == torch.bfloat16:
+        if self.name.split(":")[0].split("+")[0] == "exact" and dtype == torch.bfloat16:
             return replace(self, reduce_stage=WireFormat(16))
         return self
 
@@ -54,45 +74,53 @@ class CommScheme:
         gather_row = self.gather_stage.packet_layout(hidden).row_nbytes
         return (ranks - 1) * (reduce_row + gather_row) / ranks
 
+    @property
+    def _formats(self) -> list[WireFormat]:
+        return [self.reduce_stage] if self.gather_stage is None else [self.reduce_stage, self.gather_stage]
 
-def _two_stage(name: str, wire: WireFormat, choice: OutlierChoice = "none") -> CommScheme:
+
+def _two_stage(name: str) -> CommScheme:
+    wire, choice = parse_format(name)
     return CommScheme(name, wire, wire, choice)
 
 
 SCHEMES: dict[str, CommScheme] = {
-    scheme.name: scheme
-    for scheme in (
-        # unrounded FP32 sum in rank order: the reference of every quality number
-        _two_stage("exact", WireFormat(32)),
-        _two_stage("bf16", WireFormat(16)),
-        _two_stage("int8-group", WireFormat(8, group_size=128)),
-        _two_stage("int4-group", WireFormat(4, group_size=64)),
-        _two_stage("int4", WireFormat(4)),
-        _two_stage("int4-random", WireFormat(4, outlier_divisor=64), "random"),
-        _two_stage("int4-outlier", WireFormat(4, outlier_divisor=64), "calibrated"),
+    name: _two_stage(name)
+    for name in (
+        "exact",  # unrounded FP32 sum in rank order: the reference of every quality number
+        *("bf16", "int8-group", "int4-group"),
+        *("int4", "int4-random", "int4-outlier"),  # the paper's two baselines, and the paper
     )
 }
 
 
 def parse_scheme(text: str) -> CommScheme:
-    """Scheme of a name with options behind colons: `int4-outlier`, `int4:one-stage`, `int4-random:seed=2`.
+    """Scheme of a name with options behind colons: `int4-outlier`, `int3-g32:one-stage`, `int4-random:seed=2`.
 
+    `int4-g64+int8-g128` takes a format for each stage, reduce and gather. See `format_names` for the names.
     Raises ValueError for an unknown name or option.
     """
     base, *options = text.split(":")
-    if base not in SCHEMES:
-        raise ValueError(
-            f"unknown scheme {text!r}; known: {', '.join(SCHEMES)}, each also with ':{ONE_STAGE}', "
-            "and int4-random with ':seed=N'"
-        )
-    scheme = SCHEMES[base]
+    known = f"known: {', '.join(SCHEMES)}, and others like them: {GRAMMAR}"
+    try:
+        formats = [parse_format(name) for name in base.split("+")]
+        if len(formats) > 2:
+            raise ValueError(f"{len(formats)} formats; one for both stages, or REDUCE+GATHER")
+        (reduce_stage, _), (gather_stage, _) = formats[0], formats[-1]
+        choices = {choice for _, choice in formats if choice != "none"}
+        if len(choices) > 1:
+            raise ValueError("one stage has '-outlier' and the other '-random'; one set of features serves both")
+        scheme = CommScheme(text, reduce_stage, gather_stage, choices.pop() if choices else "none")
+    except ValueError as error:
+        raise ValueError(f"unknown scheme {text!r}: {error}; {known}") from error
     for option in options:
-        if option == ONE_STAGE:
+        if option == ONE_STAGE and len(formats) == 1:
             scheme = replace(scheme, gather_stage=None)
         elif option.startswith("seed=") and option[5:].isdecimal() and scheme.outlier_choice == "random":
             scheme = replace(scheme, seed=int(option[5:]))
         else:
             raise ValueError(
-                f"scheme {text!r}: unknown option {option!r}; allowed: '{ONE_STAGE}' and, for int4-random, 'seed=N'"
+                f"scheme {text!r}: unknown option {option!r}; allowed: '{ONE_STAGE}' for schemes with one format and, "
+                "for those that end in -random like int4-random, 'seed=N'"
             )
-    return replace(scheme, name=text)
+    return scheme

@@ -4,55 +4,84 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowbit_kernels.layout import PacketLayout
-
-CODE_BITS = (4, 8)
-FLOAT_BITS = (16, 32)
+from lowbit_kernels.layout import PacketLayout, ScaleFormat, Values
 
 
 @dataclass(frozen=True)
 class WireFormat:
-    """One stage's format.
+    """One stage's format. Its options are those of `PacketLayout`, where the bytes are described.
 
-    bits: 4 or 8 for integer codes, 16 for BF16 and 32 for FP32 values.
-    group_size: 0 for calibrated static scales (nothing on the wire), else one BF16 scale travels for every
-        `group_size` values.
+    bits: 2 to 8 for codes, 16 for BF16 and 32 for FP32 values, which take no other option.
+    group_size: 0 for calibrated static scales (nothing on the wire), else a scale travels for every `group_size`
+        values.
     outlier_divisor: 0 for none, else `floor(hidden / outlier_divisor)` features travel as BF16 (the paper: 64).
+    values: what codes are: "int", "e4m3" (FP8) or "e2m1" (FP4).
+    scale_format: how the scales of groups travel: "bf16", "e4m3" (with one BF16 scale a row) or "e8m0".
+    asymmetric: integers between a minimum and a maximum instead of around 0; of each group, or calibrated.
+    prescaled: features are divided by calibrated factors before they are grouped.
+
+    Raises ValueError for a combination that has no meaning.
     """
 
     bits: int
     group_size: int = 0
     outlier_divisor: int = 0
+    values: Values = "int"
+    scale_format: ScaleFormat = "bf16"
+    asymmetric: bool = False
+    prescaled: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in CODE_BITS + FLOAT_BITS:
+        try:
+            layout = self._layout(features=1, outliers=0)
+        except ValueError as error:
+            raise ValueError(f"wire format: {error}") from error
+        if self.outlier_divisor < 0 or (self.outlier_divisor and not layout.has_codes):
             raise ValueError(
-                f"wire format: {self.bits} bits; allowed are codes of {CODE_BITS} or floats of {FLOAT_BITS}"
+                f"wire format: outlier_divisor is {self.outlier_divisor} with {self.bits} bits; allowed: 0, or with "
+                "2 to 8 bits a positive number"
             )
-        if self.group_size < 0 or self.outlier_divisor < 0:
-            raise ValueError(f"wire format: group_size {self.group_size} and outlier_divisor must not be negative")
-        if self.bits in FLOAT_BITS and (self.group_size or self.outlier_divisor):
-            raise ValueError(f"wire format: {self.bits}-bit floats take neither scales nor outliers")
 
     @property
     def is_static(self) -> bool:
         """True where the codes need calibrated scales."""
-        return self.bits in CODE_BITS and self.group_size == 0
+        return self._layout(1, 0).needs_static
+
+    @property
+    def has_static_minimum(self) -> bool:
+        """True where the codes need calibrated minimums."""
+        return self._layout(1, 0).needs_minimum
+
+    @property
+    def largest_code(self) -> float:
+        """What the largest magnitude of a static range stands for; of asymmetric codes, its width, in steps."""
+        if self.values != "int":
+            return 448.0 if self.values == "e4m3" else 6.0
+        return 2.0**self.bits - 2 if self.asymmetric else 2.0 ** (self.bits - 1) - 1
 
     def outlier_count(self, hidden: int) -> int:
         return hidden // self.outlier_divisor if self.outlier_divisor else 0
 
     def packet_layout(self, hidden: int) -> PacketLayout:
-        """Where codes, scales and outliers of one row of `hidden` values lie."""
-        return PacketLayout(
-            features=hidden, bits=self.bits, group_size=self.group_size, outliers=self.outlier_count(hidden)
-        )
+        """Where the sections of one row of `hidden` values lie."""
+        return self._layout(hidden, self.outlier_count(hidden))
 
     def bits_per_value(self, hidden: int) -> float:
-        """Nominal bits: codes, scales and outliers, without the padding of a row."""
-        layout = self.packet_layout(hidden)
-        return (layout.body * self.bits + 16 * layout.groups + 16 * layout.outliers) / hidden
+        """Nominal bits: codes, scales, minimums and outliers, without the padding of a row."""
+        return self.packet_layout(hidden).nominal_bits_per_value
 
     def wire_bits_per_value(self, hidden: int) -> float:
         """Bits that really travel: rows are whole multiples of 2 bytes. The same for any token count."""
         return self.packet_layout(hidden).wire_bits_per_value
+
+    def _layout(self, features: int, outliers: int) -> PacketLayout:
+        return PacketLayout(
+            features=features,
+            bits=self.bits,
+            group_size=self.group_size,
+            outliers=outliers,
+            values=self.values,
+            scale_format=self.scale_format,
+            asymmetric=self.asymmetric,
+            prescaled=self.prescaled,
+        )

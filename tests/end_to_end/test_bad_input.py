@@ -88,7 +88,7 @@ def test_a_calibration_that_does_not_fit(workshop: Workshop, tmp_path: Path, dam
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["eval", "{tp2}", "--schemes", "int5", "--tp", 2], "unknown scheme 'int5'; known: exact, bf16"),
+        (["eval", "{tp2}", "--schemes", "int9", "--tp", 2], "unknown scheme 'int9': no format is called 'int9'"),
         (["eval", "{tp2}", "--schemes", "bf16,bf16", "--tp", 2], "name each scheme once"),
         (["eval", "{tp2}", "--schemes", "bf16", "--text", "{short}", "--virtual-tp", 2], "too short"),
         (["calibrate", "{tp2}", "{out}", "--text", "{short}", "--virtual-tp", 2], "at least 16"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from helpers import golden
+from helpers import golden, golden_method
 from helpers.messages import Message
 
 from megatron_lowbit.comm.wire_format import WireFormat
 
 
 def golden_format(wire: WireFormat, hidden: int) -> golden.Format:
-    return golden.Format(wire.bits, wire.group_size, hidden // wire.outlier_divisor if wire.outlier_divisor else 0)
+    outliers = hidden // wire.outlier_divisor if wire.outlier_divisor else 0
+    return golden.Format(
+        wire.bits, wire.group_size, outliers, wire.values, wire.scale_format, wire.asymmetric, wire.prescaled
+    )
 
 
 def array(tensor):
@@ -21,12 +24,15 @@ def golden_all_reduce(message: Message) -> np.ndarray:
     scheme, constants = message.scheme, message.constants
     hidden = message.partials[0].shape[1]
     gather = None if scheme.gather_stage is None else golden_format(scheme.gather_stage, hidden)
-    gather_scale = None if constants.gather_scale_1D is None else array(constants.gather_scale_1D)[0]
-    return golden.all_reduce(
+    own = (constants.gather_scale_1D, constants.gather_minimum_1D)
+    gather_scale, gather_minimum = (None if side is None else array(side)[0] for side in own)
+    return golden_method.all_reduce(
         [array(partial) for partial in message.partials],
         golden_format(scheme.reduce_stage, hidden),
         gather,
         array(constants.reduce_scale_RD),
         gather_scale,
         array(constants.outlier_index),
+        array(constants.reduce_minimum_RD),
+        gather_minimum,
     )

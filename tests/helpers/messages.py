@@ -17,6 +17,14 @@ from megatron_lowbit.comm.schemes import ONE_STAGE, SCHEMES, CommScheme, parse_s
 from megatron_lowbit.comm.wire_format import WireFormat
 
 ALL_SCHEMES = [name + ending for name in SCHEMES for ending in ("", f":{ONE_STAGE}")]
+#: Names that are not in the table: one of every kind of format, and mixes of two.
+MORE_SCHEMES = [
+    *("int3-group", "int6-g32", "int2-g16-asym", "int4-g100-asym", "int7-g64-e8m0", "int4-g64-e4m3"),
+    *("int5", "int5-asym", "fp8", "fp4", "fp8-g128", "fp4-g32", "mxfp4", "mxfp8", "nvfp4"),
+    *("int4-g64-prescaled", "int4-g64-outlier", "int3-g32-random", "nvfp4-outlier", "int6-asym-outlier"),
+    *("int5:one-stage", "int5-asym:one-stage", "mxfp4:one-stage", "int4-g64-prescaled:one-stage"),
+    *("int4-g64+int8-g128", "bf16+int4-asym", "int4-outlier+int8-g128", "nvfp4+int6-random"),
+]
 #: Values at which formats and sums do something particular: not finite, beyond bf16, denormal, ties of rounding.
 SPECIAL = (math.nan, math.inf, -math.inf, 3e38, -3e38, 3.4028235e38, 1e-45, -1e-40, 2.0**-101, 0.5, -1.5, 1.00390625)
 
@@ -40,21 +48,30 @@ def random_constants(
     scheme: CommScheme, ranks: int, hidden: int, generator: torch.Generator, spread: float
 ) -> SyncPointConstants:
     """Any outlier set of the right size and any bf16 scales, unrelated to the values: nearly all codes occur."""
-    count = scheme.reduce_stage.outlier_count(hidden)
+    count = scheme.outlier_count(hidden)
     order = torch.randperm(hidden, generator=generator)
     outliers, body = order[:count].sort().values, order[count:].sort().values
 
     def scales(rows: int, wire: WireFormat | None) -> torch.Tensor | None:
         if wire is None or not wire.is_static:
             return None
-        drawn = (torch.randn(rows, hidden - count, generator=generator) * spread).exp()
+        drawn = (torch.randn(rows, hidden - wire.outlier_count(hidden), generator=generator) * spread).exp()
         return drawn.bfloat16().float().clamp_min(2.0**-100)
 
+    def minimums(wire: WireFormat | None, scale: torch.Tensor | None) -> torch.Tensor | None:
+        if wire is None or not wire.has_static_minimum or scale is None:
+            return None
+        steps = torch.randn(scale.shape, generator=generator) * 2**wire.bits
+        return (steps * scale).bfloat16().float().clamp(-(2.0**127), 2.0**127)
+
+    reduce_scale, gather_scale = scales(ranks, scheme.reduce_stage), scales(1, scheme.gather_stage)
     return SyncPointConstants(
         body_index=body if count else None,
         outlier_index=outliers if count else None,
-        reduce_scale_RD=scales(ranks, scheme.reduce_stage),
-        gather_scale_1D=scales(1, scheme.gather_stage),
+        reduce_scale_RD=reduce_scale,
+        gather_scale_1D=gather_scale,
+        reduce_minimum_RD=minimums(scheme.reduce_stage, reduce_scale),
+        gather_minimum_1D=minimums(scheme.gather_stage, gather_scale),
     )
 
 

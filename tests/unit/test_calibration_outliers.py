@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import golden
+from helpers import golden_method
+from helpers.golden_messages import golden_format
 
 from megatron_lowbit.calibration.artifact import CommCalibration, SyncPointStatistics
 from megatron_lowbit.calibration.outliers import (
@@ -15,7 +16,7 @@ from megatron_lowbit.calibration.outliers import (
     select_outliers,
     sync_point_constants,
 )
-from megatron_lowbit.comm.constants import NO_CONSTANTS
+from megatron_lowbit.comm.constants import LARGEST_BF16, NO_CONSTANTS, static_constants
 from megatron_lowbit.comm.schemes import parse_scheme
 
 CPU = torch.device("cpu")
@@ -69,15 +70,87 @@ def test_constants_equal_the_independent_implementation(seed):
     point.partial_min[:, 20:40] = -1.0  # ties
     point.partial_max[:, 20:40] = 1.0
     constants = constants_from_statistics(parse_scheme("int4-outlier"), "any", point)
-    outliers = golden.chosen_outliers(point.partial_min.numpy(), point.partial_max.numpy(), 130 // 64)
+    outliers = golden_method.chosen_outliers(point.partial_min.numpy(), point.partial_max.numpy(), 130 // 64)
     body = sorted(set(range(130)) - set(outliers))
     assert constants.outlier_index is not None and constants.outlier_index.tolist() == outliers
     assert constants.body_index is not None and constants.body_index.tolist() == body
-    partial = golden.static_scale(point.partial_min.numpy(), point.partial_max.numpy())[:, body]
-    total = golden.static_scale(point.sum_min.numpy(), point.sum_max.numpy())[body]
+    partial = golden_method.static_scale(point.partial_min.numpy(), point.partial_max.numpy())[:, body]
+    total = golden_method.static_scale(point.sum_min.numpy(), point.sum_max.numpy())[body]
     assert constants.reduce_scale_RD is not None and constants.gather_scale_1D is not None
     np.testing.assert_array_equal(constants.reduce_scale_RD.numpy(), partial)
     np.testing.assert_array_equal(constants.gather_scale_1D.numpy(), total[None])
+
+
+@pytest.mark.parametrize("name", ["int2", "int3", "int5", "int8-outlier", "fp8", "fp4-outlier"])
+def test_scales_of_other_codes_equal_the_independent_implementation(name):
+    scheme, point = parse_scheme(name), statistics()
+    constants = constants_from_statistics(scheme, "any", point)
+    wire = golden_format(scheme.reduce_stage, 130)
+    body = slice(None) if constants.body_index is None else constants.body_index.numpy()
+    partial = golden_method.static_scale(point.partial_min.numpy(), point.partial_max.numpy(), wire)[:, body]
+    total = golden_method.static_scale(point.sum_min.numpy(), point.sum_max.numpy(), wire)[None, body]
+    assert constants.reduce_scale_RD is not None and constants.gather_scale_1D is not None
+    np.testing.assert_array_equal(constants.reduce_scale_RD.numpy(), partial)
+    np.testing.assert_array_equal(constants.gather_scale_1D.numpy(), total)
+    assert constants.reduce_minimum_RD is None and constants.gather_minimum_1D is None
+
+
+def test_asymmetric_constants_by_hand():
+    # bf16 has steps of 2^-7 at 1 and 2^-1 at 100. [-1, 6]: 7/14. [100.3, 101]: 100 lies below, (101 - 100)/14 = 0.0714
+    # = 1.142857 * 2^-4, 0.142857 * 128 = 18.3, up to 19. [0, 0] and [-0, -0]: minimum +0, the floor. Then no overflow.
+    low = torch.tensor([-1.0, 100.3, 0.0, -0.0, -3.4e38])
+    high = torch.tensor([6.0, 101.0, 0.0, -0.0, 3.4e38])
+    scale, minimum = static_constants(parse_scheme("int4-asym").reduce_stage, low, high)
+    assert scale is not None and minimum is not None
+    assert minimum.tolist() == [-1.0, 100.0, 0.0, 0.0, -LARGEST_BF16] and not torch.signbit(minimum[2:4]).any()
+    assert scale[:4].tolist() == [0.5, (1 + 19 / 128) * 2**-4, 2.0**-100, 2.0**-100] and scale[4].isfinite()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_asymmetric_ranges_are_covered_and_not_much_more(bits):
+    wire = parse_scheme(f"int{bits}-asym").reduce_stage
+    generator = torch.Generator().manual_seed(bits)
+    low = torch.randn(10_000, generator=generator) * 100
+    high = low + torch.randn(10_000, generator=generator).exp() * 10
+    scale, minimum = static_constants(wire, low, high)
+    assert scale is not None and minimum is not None
+    for side in (scale, minimum):
+        assert torch.equal(side, side.bfloat16().float())
+    top = minimum.double() + scale.double() * (2**bits - 2)
+    assert (minimum <= low).all() and (top >= high.double()).all()
+    # rounding moves the minimum by at most an ulp, and the scale by one: 2^-7 of each
+    width = (high.double() - low.double()) + low.abs().double() * 2.0**-7
+    assert (top - minimum.double() <= width * (1 + 2.0**-7)).all()
+    assert (top - minimum.double()).mean() < 1.1 * (high - low).double().mean()
+
+
+def test_factors_of_prescaled_formats_by_hand():
+    # square roots of (1 + 7)/2, (0 + 32)/2 and, for a feature never seen, 2^-8 of the largest
+    low, high = torch.tensor([[-1.0, 0.0, 0.0]]), torch.tensor([[7.0, 32.0, 0.0]])
+    factor, minimum = static_constants(parse_scheme("int4-g64-prescaled").reduce_stage, low, high)
+    assert factor is not None and factor.tolist() == [[2.0, 4.0, 4 * 2.0**-8]] and minimum is None
+    factor, _ = static_constants(parse_scheme("nvfp4-prescaled").reduce_stage, low * 0, high * 0)
+    assert factor is not None and factor.tolist() == [[2.0**-100] * 3]
+
+
+def test_a_stage_without_outliers_has_constants_for_every_feature():
+    constants = constants_from_statistics(parse_scheme("int4-asym+int5-outlier"), "any", statistics())
+    shapes = [None if part is None else tuple(part.shape) for part in vars(constants).values()]
+    assert shapes == [(128,), (2,), (3, 130), (1, 128), (3, 130), None]
+
+
+def test_groups_with_outliers_need_their_index_sets_only():
+    point = statistics()
+    constants = constants_from_statistics(parse_scheme("int4-g32-outlier"), "any", point)
+    expected = constants_from_statistics(parse_scheme("int4-outlier"), "any", point)
+    assert constants.outlier_index is not None and torch.equal(constants.outlier_index, expected.outlier_index)
+    assert constants.body_index is not None and len(constants.body_index) == 128
+    assert constants.reduce_scale_RD is None and constants.gather_scale_1D is None
+    drawn = sync_point_constants(parse_scheme("int4-g32-random:seed=2"), "a", 130, None, CPU)
+    assert drawn.outlier_index is not None and drawn.reduce_scale_RD is None
+    assert drawn.outlier_index.tolist() == random_outliers(130, 2, "a", 2).tolist()
+    with pytest.raises(ValueError, match=r"'int4-g32-outlier' has calibrated outliers and needs a calibration file"):
+        sync_point_constants(parse_scheme("int4-g32-outlier"), "a", 130, None, CPU)
 
 
 def test_plain_int4_sets_nothing_apart():

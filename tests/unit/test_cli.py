@@ -70,7 +70,7 @@ WRONG = {
     "": "COMMAND",
     "train": "train",
     "eval M": "--schemes",
-    "eval M --schemes int3": "unknown scheme 'int3'",
+    "eval M --schemes int9": "unknown scheme 'int9'",
     "eval M --schemes int4:two": "unknown option 'two'",
     "eval M --schemes bf16:seed=1": "seed=N",
     "eval M --schemes bf16 --text nowhere.txt": "nowhere.txt",
@@ -82,7 +82,7 @@ WRONG = {
     "eval M --schemes bf16 --window 3": "--window",  # half a name would stop working once a second flag begins alike
     "eval nowhere --schemes bf16": "nowhere",
     "generate nowhere --prompt x": "nowhere",
-    "generate M --prompt x --scheme int5": "unknown scheme 'int5'",
+    "generate M --prompt x --scheme int9": "unknown scheme 'int9'",
     "generate M --prompt x --temperature -1": "temperature",
     "generate M --prompt x --top-p 0": "top_p",
     "generate M --prompt x --max-new-tokens 0": "max_new_tokens",

@@ -163,7 +163,7 @@ def test_values_that_are_not_finite_are_counted(weights):
     assert row.non_finite == LENGTH * (3 + 81)
 
 
-@pytest.mark.parametrize("scheme", ["int5", "int4:fast"])
+@pytest.mark.parametrize("scheme", ["int9", "int4:fast"])
 def test_unknown_schemes_are_refused_before_any_work(weights, scheme):
     with pytest.raises(ValueError, match="unknown"):
         evaluate(weights, [scheme], WINDOWS)

@@ -1,0 +1,157 @@
+"""Names of formats and of mixes of two: what they mean, bit by bit, and what is refused with what advice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import golden
+from helpers.golden_messages import golden_format
+from helpers.messages import MORE_SCHEMES
+
+from megatron_lowbit.comm.format_names import GRAMMAR, parse_format
+from megatron_lowbit.comm.schemes import SCHEMES, CommScheme, parse_scheme
+from megatron_lowbit.comm.wire_format import WireFormat
+
+
+@pytest.mark.parametrize(
+    ("name", "wire", "choice", "bits"),
+    # bits: nominal, at 4096 features
+    [
+        ("exact", WireFormat(32), "none", 32),
+        ("bf16", WireFormat(16), "none", 16),
+        ("int3-group", WireFormat(3, 64), "none", 3.25),
+        ("int8-group", WireFormat(8, 128), "none", 8.125),
+        ("fp8-group", WireFormat(8, 128, values="e4m3"), "none", 8.125),
+        ("int6-g32", WireFormat(6, 32), "none", 6.5),
+        ("int4-g128-asym", WireFormat(4, 128, asymmetric=True), "none", 4.25),
+        ("int4-asym-g128", WireFormat(4, 128, asymmetric=True), "none", 4.25),
+        ("int5", WireFormat(5), "none", 5),
+        ("int5-asym", WireFormat(5, asymmetric=True), "none", 5),
+        ("fp8", WireFormat(8, values="e4m3"), "none", 8),
+        ("fp4", WireFormat(4, values="e2m1"), "none", 4),
+        ("fp8-g128", WireFormat(8, 128, values="e4m3"), "none", 8.125),
+        ("fp4-g32", WireFormat(4, 32, values="e2m1"), "none", 4.5),
+        ("int4-g32-e8m0", WireFormat(4, 32, scale_format="e8m0"), "none", 4.25),
+        ("int4-g32-e4m3", WireFormat(4, 32, scale_format="e4m3"), "none", 4.25 + 16 / 4096),
+        ("mxfp4", WireFormat(4, 32, values="e2m1", scale_format="e8m0"), "none", 4.25),
+        ("mxfp8", WireFormat(8, 32, values="e4m3", scale_format="e8m0"), "none", 8.25),
+        ("nvfp4", WireFormat(4, 16, values="e2m1", scale_format="e4m3"), "none", 4.5 + 16 / 4096),
+        ("int4-g64-prescaled", WireFormat(4, 64, prescaled=True), "none", 4.25),
+        ("int4-outlier", WireFormat(4, 0, 64), "calibrated", 4.1875),
+        ("int3-g64-random", WireFormat(3, 64, 64), "random", 63 / 64 * 3.25 + 16 / 64),
+        ("nvfp4-outlier", WireFormat(4, 16, 64, "e2m1", "e4m3"), "calibrated", 63 / 64 * 4.5 + 16 / 64 + 16 / 4096),
+    ],
+)
+def test_names_of_formats(name, wire, choice, bits):
+    assert parse_format(name) == (wire, choice)
+    scheme = parse_scheme(name)
+    assert (scheme.reduce_stage, scheme.gather_stage, scheme.outlier_choice) == (wire, wire, choice)
+    assert wire.bits_per_value(4096) == bits
+
+
+@pytest.mark.parametrize("name", MORE_SCHEMES)
+@pytest.mark.parametrize("hidden", [1, 63, 65, 576, 1000])
+def test_rows_are_as_long_as_the_description_says(name, hidden):
+    scheme = parse_scheme(name)
+    assert scheme.name == name
+    for wire in (scheme.reduce_stage, scheme.gather_stage):
+        if wire is not None:
+            assert wire.packet_layout(hidden).row_nbytes == golden.row_nbytes(golden_format(wire, hidden), hidden)
+            assert wire.wire_bits_per_value(hidden) >= wire.bits_per_value(hidden)
+
+
+def test_mixes_have_a_format_for_each_stage():
+    scheme = parse_scheme("int4-outlier+int8-g128")
+    assert scheme.reduce_stage == WireFormat(4, 0, 64) and scheme.gather_stage == WireFormat(8, 128)
+    assert (scheme.stages, scheme.outlier_choice, scheme.outlier_count(640)) == (2, "calibrated", 10)
+    # the sum leaves its owner once for every other rank, as a partial of each of them came: R=3, 2/3 of both rows
+    assert scheme.sent_nbytes_per_token(640, 3) == pytest.approx(2 / 3 * (315 + 1 + 20 + 640 + 10))
+    other = parse_scheme("bf16+int6-random:seed=4")
+    assert (other.outlier_choice, other.seed, other.outlier_count(640)) == ("random", 4, 10)
+    exact = parse_scheme("exact+int8-group").for_dtype(torch.bfloat16)
+    assert (exact.reduce_stage, exact.gather_stage) == (WireFormat(16), WireFormat(8, 128))
+    assert parse_scheme("int8-group+exact").for_dtype(torch.bfloat16).reduce_stage == WireFormat(8, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        *(("int5", True), ("int5-asym", True), ("fp8", True), ("fp4", True), ("int4-g64-prescaled", True)),
+        *(("int4-g64-outlier", True), ("nvfp4-outlier", True), ("mxfp4", False), ("int4-g100-asym", False)),
+        *(("int3-g32-random", False), ("bf16+int4", True), ("int4-g64+int8-g128", False), ("fp4-random", True)),
+        *(("int5:one-stage", True), ("mxfp4:one-stage", False)),
+    ],
+)
+def test_what_needs_calibration(name, needed):
+    assert parse_scheme(name).needs_calibration is needed
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("int1", "no format is called 'int1'"),
+        ("int4-g0", "no option of a format is called 'g0'"),
+        ("int4-g", "'g'"),
+        ("int4-g12x", "'g12x'"),
+        ("int4-", "''"),
+        ("int4-sym", "'sym'"),
+        ("int4_group", "'int4_group'"),
+        ("int4-asym-asym", "settles asymmetric a second time"),
+        ("int4-g64-group", "settles group_size a second time"),
+        ("mxfp4-g16", "settles group_size a second time"),
+        ("nvfp4-e8m0", "settles scale_format a second time"),
+        ("int4-outlier-random", "settles outlier_divisor a second time"),
+        ("fp8-asym", "asymmetric with bits=8, values 'e4m3'"),
+        ("int4-g8-e8m0-asym", "scale_format 'e8m0'"),
+        ("int4-e8m0", "group_size is 0 with scale_format 'e8m0'"),
+        ("int4-prescaled", "group_size is 0 with .* prescaled=True"),
+        ("bf16-g64", "bits=16 sends plain values"),
+        ("exact-outlier", "outlier_divisor is 64 with 32 bits"),
+        ("int4+int4+int4", "3 formats"),
+        ("int4+", "no format is called ''"),
+        ("int4-outlier+int4-random", "one set of features serves both"),
+    ],
+)
+def test_what_is_refused_and_why(text, reason):
+    with pytest.raises(ValueError, match=f"unknown scheme .*{reason}") as caught:
+        parse_scheme(text)
+    assert GRAMMAR in str(caught.value) and all(name in str(caught.value) for name in SCHEMES)
+
+
+@pytest.mark.parametrize("text", ["int4+int8:one-stage", "int4-g64+int4-asym:seed=1", "int3:two", "mxfp4:"])
+def test_options_that_do_not_fit_are_refused(text):
+    with pytest.raises(ValueError, match=r"unknown option .* allowed: 'one-stage' .* 'seed=N'"):
+        parse_scheme(text)
+
+
+def test_the_grammar_names_everything():
+    """Every word that the parser takes is in the text that a user sees."""
+    for name in ("exact", "bf16", "int2", "int8", "fp8", "fp4", "mxfp4", "mxfp8", "nvfp4"):
+        assert name in GRAMMAR and parse_format(name)
+    for option in ("-group", "-gN", "-e8m0", "-e4m3", "-asym", "-prescaled", "-outlier", "-random", ":one-stage"):
+        assert option in GRAMMAR
+    assert parse_format("int4-g32-asym")[0].asymmetric  # its example
+
+
+def test_stages_share_one_set_of_features():
+    wire, other = WireFormat(4, 0, 64), WireFormat(4, 0, 32)
+    with pytest.raises(ValueError, match=r"outlier_divisor \[32, 64\]"):
+        CommScheme("mine", wire, other, "calibrated")
+    with pytest.raises(ValueError, match="outlier_choice 'none'"):
+        CommScheme("mine", wire, None)
+    assert not CommScheme("mine", WireFormat(16), None, "calibrated").needs_calibration
+
+
+@pytest.mark.parametrize(
+    ("wire", "static", "minimum", "largest"),
+    [
+        (WireFormat(3), True, False, 3),
+        (WireFormat(8, asymmetric=True), True, True, 254),
+        (WireFormat(8, values="e4m3"), True, False, 448),
+        (WireFormat(4, values="e2m1"), True, False, 6),
+        (WireFormat(4, 8, asymmetric=True), False, False, 14),
+        (WireFormat(4, 8, prescaled=True), True, False, 7),
+    ],
+)
+def test_what_formats_need(wire, static, minimum, largest):
+    assert (wire.is_static, wire.has_static_minimum, wire.largest_code) == (static, minimum, largest)
