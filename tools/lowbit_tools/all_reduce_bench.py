@@ -94,6 +94,21 @@ class Message:
         return call
 
 
+class TorchAllReduce:
+    """torch's own all-reduce as a model's collective: the partials as they are, 16 bits for bf16 ones.
+
+    Sums into the partial, which nothing uses afterwards.
+    """
+
+    def __init__(self, context: ParallelContext) -> None:
+        self._group = context.group
+
+    def __call__(self, partial_LTH: torch.Tensor, add_to_TH: torch.Tensor | None = None) -> torch.Tensor:
+        (partial_TH,) = partial_LTH
+        dist.all_reduce(partial_TH, group=self._group)
+        return partial_TH.float() if add_to_TH is None else add_to_TH.add_(partial_TH)
+
+
 def bench_all_reduce(
     context: ParallelContext,
     sizes: Sequence[int],
