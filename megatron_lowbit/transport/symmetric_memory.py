@@ -79,6 +79,11 @@ def allocate(nbytes: int, device: torch.device, group: Any, gather: Gather) -> S
     return SymmetricMemory(own, tuple(view.data_ptr() for view in views), (handle, *views))
 
 
+def control_device(group: Any, device: torch.device) -> torch.device:
+    """Where tensors must be for `group` to carry them from rank to rank: gloo does not send from GPUs."""
+    return torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+
+
 def _stores_come_with_groups() -> bool:
     """From 2.11 on a group's store is found by torch itself."""
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
