@@ -96,5 +96,5 @@ def test_errors_stay_within_the_steps(options, offset):
     error = (out_TH.double() - x.double()).abs()
     allowed = bound(x.double(), layout, None if scale is None else scale.double(), minimum) + FP32 * x.double().abs()
     assert (error <= allowed).all(), f"{(error / allowed).max():.3f} times the bound"
-    # a scale that is doubled, or a code of one bit less, would leave the bound; far smaller errors are of another format
+    # a scale that is doubled, or a code of one bit less, would leave the bound; far smaller errors are another format
     assert error.mean() > 0.1 * allowed.mean()

@@ -12,7 +12,7 @@ from helpers import golden
 from helpers.golden_messages import array
 from helpers.kernel_cases import FAMILIES, Case
 
-from lowbit_kernels import PacketLayout, reference
+from lowbit_kernels import PacketLayout, get_backend, reference
 
 NAN, INF = float("nan"), float("inf")
 ONES = [1.0] * 8
@@ -131,18 +131,22 @@ def test_golden_writes_the_packets_worked_out_by_hand(name):
     assert np.array_equal(got.view(np.int32), golden.canonical(np.array([decoded], np.float32)).view(np.int32))
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("name", HAND_MADE)
-def test_the_reference_writes_the_packets_worked_out_by_hand(name):
+def test_backends_write_the_packets_worked_out_by_hand(name, backend):
+    try:
+        module = get_backend(backend)
+    except ValueError as error:
+        pytest.skip(str(error))
     wire, scale, minimum, values, row, decoded = HAND_MADE[name]
     layout = layout_of(wire, len(values))
     scale, minimum = (None if side is None else torch.tensor(side) for side in (scale, minimum))
     packet_TB = torch.full((1, layout.row_nbytes), 0xAA, dtype=torch.uint8)
-    reference.encode(
-        torch.tensor([values]), layout, packet_TB, None if scale is None else 1 / scale, None, None, minimum
-    )
+    inverse = None if scale is None else 1 / scale
+    module.encode(torch.tensor([values]), layout, packet_TB, inverse, None, None, minimum)
     assert bytes(packet_TB[0].tolist()).hex(" ").upper() == row
     out_TH = torch.full((1, len(values)), NAN)
-    reference.decode(packet_TB, layout, out_TH, scale, None, None, minimum)
+    module.decode(packet_TB, layout, out_TH, scale, None, None, minimum)
     assert same_bits(out_TH, golden.canonical(np.array([decoded], np.float32)))
 
 
