@@ -14,7 +14,7 @@ from megatron_lowbit.comm.one_stage import OneStageAllReduce
 from megatron_lowbit.comm.policy import Choice, Policy, PolicyLog
 from megatron_lowbit.comm.saturation import SaturationCounter
 from megatron_lowbit.comm.schemes import CommScheme
-from megatron_lowbit.comm.two_stage import PIECE_NBYTES, TwoStageAllReduce
+from megatron_lowbit.comm.two_stage import AUTOMATIC, TwoStageAllReduce
 from megatron_lowbit.comm.virtual import VirtualAllReduce
 from megatron_lowbit.comm.wire_format import WireFormat
 from megatron_lowbit.comm.workspace import Workspace
@@ -67,7 +67,7 @@ def build_all_reduce(
     policy_log: PolicyLog | None = None,
     workspace: Workspace | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    piece_nbytes: int = PIECE_NBYTES,
+    piece_nbytes: int = AUTOMATIC,
 ) -> AllReduce:
     """The collective of `scheme` for messages of `hidden` features.
 
@@ -85,10 +85,10 @@ def build_all_reduce(
         index = constants.body_index, constants.outlier_index
         return Codec(wire, hidden, kernels, *index, scale_RD, saturation, minimum_RD)
 
-    reduce_codec = codec(scheme.reduce_stage, constants.reduce_scale_RD)
+    reduce_codec = codec(scheme.reduce_stage, constants.reduce_scale_RD, constants.reduce_minimum_RD)
     gather_codec = None
     if scheme.gather_stage is not None:
-        gather_codec = codec(scheme.gather_stage, constants.gather_scale_1D)
+        gather_codec = codec(scheme.gather_stage, constants.gather_scale_1D, constants.gather_minimum_1D)
 
     def collective(reduce_codec: Codec, gather_codec: Codec | None, piece_nbytes: int) -> AllReduce:
         if context.virtual:

@@ -59,7 +59,7 @@ class Codec:
             _row(self._inverse_scale_RD, sender),
             self._body_index,
             self._outlier_index,
-            *(() if self._minimum_RD is None else (_row(self._minimum_RD, sender),)),
+            _row(self._minimum_RD, sender),
         )
         return packet_TB
 
@@ -69,12 +69,6 @@ class Codec:
         """FP32 values `[T, H]` of one sender's packet; written into `out_TH` where one is given, or added to it."""
         if out_TH is None:
             out_TH = torch.empty(packet_TB.shape[0], self.layout.features, device=packet_TB.device)
-        if not hasattr(self._backend, "requantize"):
-            plain = torch.empty_like(out_TH) if add else out_TH
-            self._backend.decode(
-                packet_TB, self.layout, plain, _row(self._scale_RD, sender), self._body_index, self._outlier_index
-            )
-            return out_TH.add_(plain) if add else out_TH
         self._backend.decode(
             packet_TB,
             self.layout,
@@ -101,13 +95,13 @@ class Codec:
             self._scale_RD,
             self._body_index,
             self._outlier_index,
-            *(() if self._minimum_RD is None else (self._minimum_RD,)),
+            self._minimum_RD,
         )
         return out_TH
 
     def requantize(self, packets_RTB: Sequence[torch.Tensor], gather: Codec, packet_TB: torch.Tensor) -> None:
         """The packet of the sum of one packet from each rank: `decode_sum`, then `gather.encode`, in one pass."""
-        if gather._saturation is not None or not hasattr(self._backend, "requantize"):  # it wants to see the sums
+        if gather._saturation is not None:  # it wants to see the sums
             gather.encode(self.decode_sum(packets_RTB), sender=0, packet_TB=packet_TB)
             return
         self._backend.requantize(

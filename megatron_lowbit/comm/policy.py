@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_lowbit.comm.two_stage import PIECE_NBYTES
+from megatron_lowbit.comm.two_stage import AUTOMATIC
 from megatron_lowbit.files import replacing
 from megatron_lowbit.parallel import ParallelContext
 
@@ -24,21 +24,23 @@ WHOLE = 1 << 40
 
 @dataclass(frozen=True)
 class Choice:
-    """A collective and, for two stages, the packet bytes of a piece."""
+    """A collective and, for two stages, the packet bytes of a piece (AUTOMATIC: by the size of the message)."""
 
     collective: Collective
-    piece_nbytes: int = PIECE_NBYTES
+    piece_nbytes: int = AUTOMATIC
 
     def __post_init__(self) -> None:
         if self.collective not in COLLECTIVES:
             raise ValueError(f"policy: collective {self.collective!r} is unknown; allowed: {', '.join(COLLECTIVES)}")
-        if not isinstance(self.piece_nbytes, int) or self.piece_nbytes < 1:
-            raise ValueError(f"policy: piece_nbytes is {self.piece_nbytes!r}; give a whole number of at least 1")
+        if type(self.piece_nbytes) is not int or self.piece_nbytes < 0:
+            raise ValueError(f"policy: piece_nbytes is {self.piece_nbytes!r}; give a whole number (0: automatic)")
 
     @property
     def name(self) -> str:
-        if self.collective != "two-stage" or self.piece_nbytes >= WHOLE:
+        if self.collective != "two-stage" or self.piece_nbytes == AUTOMATIC:
             return self.collective
+        if self.piece_nbytes >= WHOLE:
+            return "two-stage in one piece"
         return f"two-stage in pieces of {self.piece_nbytes >> 10} KiB"
 
 

@@ -106,7 +106,7 @@ def test_a_file_there_and_back(tmp_path):
         (lambda data: data["steps"].clear(), "at least one"),
         (lambda data: data["steps"].reverse(), "ascending"),
         (lambda data: data["steps"][0].update(collective="fast"), "collective 'fast' is unknown; allowed: exact, one-"),
-        (lambda data: data["steps"][0].update(piece_nbytes=0), "piece_nbytes is 0"),
+        (lambda data: data["steps"][0].update(piece_nbytes=-1), "piece_nbytes is -1"),
         (lambda data: data["steps"][0].update(piece_nbytes="1"), "piece_nbytes is '1'"),
         (lambda data: data["steps"][0].update(largest_nbytes=True), "needs exactly"),
         (lambda data: data["steps"][0].update(speed=3), "needs exactly collective, largest_nbytes, piece_nbytes"),

@@ -17,7 +17,7 @@ from megatron_lowbit.comm.all_reduce import AllReduce, build_all_reduce
 from megatron_lowbit.comm.policy import Policy
 from megatron_lowbit.comm.reference import all_reduce as reference_all_reduce
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
-from megatron_lowbit.comm.two_stage import PIECE_NBYTES
+from megatron_lowbit.comm.two_stage import AUTOMATIC
 from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.parallel import ParallelContext
 
@@ -118,7 +118,7 @@ def bench_all_reduce(
     backend: str = "auto",
     progress: Callable[[int, int], None] | None = None,
     policy: Policy | None = None,
-    piece_nbytes: int = PIECE_NBYTES,
+    piece_nbytes: int = AUTOMATIC,
 ) -> list[AllReduceRow]:
     """Rows of torch's baseline and every scheme for each number of tokens; with a policy, its choice for each too.
 

@@ -15,7 +15,7 @@ from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.parallel import ParallelContext
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-PIECES = tuple(kib << 10 for kib in (64, 128, 256, 512))
+PIECES = tuple(kib << 10 for kib in (64, 128, 256, 512, 1024))
 #: What is nearly as fast and keeps the numbers better, or is simpler, is taken: a choice must earn its place.
 MARGIN = 1.03
 #: Beside the fastest, what was this much slower at the size before is not tried again.
@@ -38,7 +38,7 @@ class TunedSize:
 def candidates(pieces: bool) -> list[Choice]:
     """All choices, those to be preferred first."""
     cut = [Choice("two-stage", nbytes) for nbytes in reversed(PIECES)] if pieces else []
-    return [Choice("exact"), Choice("one-stage"), Choice("two-stage", WHOLE), *cut]
+    return [Choice("exact"), Choice("one-stage"), Choice("two-stage"), *cut, Choice("two-stage", WHOLE)]
 
 
 def tune(
@@ -89,9 +89,9 @@ def _tune_size(
     row_nbytes = scheme.reduce_stage.packet_layout(hidden).row_nbytes
     for choice in choices:
         only = Policy(((1 << 62, choice),))
-        cut = choice.collective == "two-stage" and choice.piece_nbytes < WHOLE
-        if cut and tokens * row_nbytes < 1.5 * choice.piece_nbytes:
-            continue  # a single piece, as the whole message is
+        nbytes = tokens * row_nbytes if choice.collective == "two-stage" and choice.piece_nbytes else 1 << 62
+        if nbytes < PIECES[0] or (nbytes < 1.5 * choice.piece_nbytes and choice.piece_nbytes < WHOLE):
+            continue  # a single piece, which is tried as such, or by the automatic choice
         by_name[choice.name] = choice
         calls[choice.name] = message.call(message.all_reduce(scheme, backend, only, choice.piece_nbytes, workspace))
     began = time.monotonic()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lowbit_tools import local_ranks, model_arguments, output
 from lowbit_tools.all_reduce_bench import bench_all_reduce
-from megatron_lowbit.comm.two_stage import PIECE_NBYTES
 
 NAME = "bench"
 HELP = "Time the collectives on this cluster's links."
@@ -27,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model_arguments.add_policy_argument(parser, "also time what this policy chooses for each size")
     parser.add_argument(
-        "--piece-kib", type=int, default=PIECE_NBYTES >> 10, metavar="N",
-        help=f"packet KiB of a piece in two stages (default: {PIECE_NBYTES >> 10})",
+        "--piece-kib", type=int, default=0, metavar="N",
+        help="packet KiB of a piece in two stages (default: 0, by the size of the message)",
     )  # fmt: skip
     parser.add_argument(
         "--link", metavar="RATE", help="what a link can carry, say 1gbit: adds the share of its time that moves payload"
@@ -43,7 +42,7 @@ def check(args: argparse.Namespace) -> None:
     model_arguments.parse_schemes(args.schemes)
     link_rate(args.link)
     least_values = (("--tokens", min(sizes), 0), ("--hidden", args.hidden, 1), ("--rounds", args.rounds, 1))
-    for flag, value, least in (*least_values, ("--piece-kib", args.piece_kib, 1)):
+    for flag, value, least in (*least_values, ("--piece-kib", args.piece_kib, 0)):
         if value < least:
             raise ValueError(f"{flag} is {value}; it must be at least {least}")
 
