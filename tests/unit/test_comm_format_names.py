@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import golden
@@ -155,3 +158,21 @@ def test_stages_share_one_set_of_features():
 )
 def test_what_formats_need(wire, static, minimum, largest):
     assert (wire.is_static, wire.has_static_minimum, wire.largest_code) == (static, minimum, largest)
+
+
+README = Path(__file__).resolve().parents[2] / "megatron_lowbit" / "comm" / "README.md"
+BYTES = re.findall(r"^\| (`[^|]*) \| (\d+) \| ([\d.]+) \| (\d+) \| ([\d.]+) \|$", README.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", BYTES, ids=lambda row: row[0])
+def test_the_table_of_the_description(row):
+    names, wide, wide_bits, narrow, narrow_bits = row
+    for name in re.findall("`([^`]+)`", names):
+        wire = parse_scheme(name).reduce_stage
+        assert (wire.packet_layout(5120).row_nbytes, wire.packet_layout(576).row_nbytes) == (int(wide), int(narrow))
+        for hidden, bits in ((5120, wide_bits), (576, narrow_bits)):
+            assert round(wire.wire_bits_per_value(hidden), len(bits.partition(".")[2])) == float(bits)
+
+
+def test_the_table_was_found():
+    assert len(BYTES) >= 18 and {"`bf16`", "`nvfp4`"} <= {row[0] for row in BYTES}
