@@ -15,7 +15,6 @@ from lowbit_kernels import get_backend
 from megatron_lowbit.comm import reference
 from megatron_lowbit.comm.all_reduce import build_all_reduce
 from megatron_lowbit.comm.codec import Codec
-from megatron_lowbit.comm.schemes import parse_scheme
 from megatron_lowbit.comm.wire_format import WireFormat
 from megatron_lowbit.parallel import ParallelContext
 
@@ -154,13 +153,7 @@ def test_reference_and_virtual_ranks_equal_golden(scheme, ranks, tokens, hidden,
             assert_same_bits(virtual(torch.stack(message.partials)), expected, f"virtual ranks ({name}), {message}")
 
 
-# static minimums reach the codecs with the next change to the collectives
-WAITING = [name for name in MORE_SCHEMES if "asym" in name and parse_scheme(name).has_static_stage]
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xfail) if name in WAITING else name for name in MORE_SCHEMES]
-)
+@pytest.mark.parametrize("name", MORE_SCHEMES)
 def test_other_formats_equal_golden(name):
     """Both stages of formats and mixes that only have a name by the grammar."""
     for seed in range(4):
@@ -169,8 +162,9 @@ def test_other_formats_equal_golden(name):
         got = reference.all_reduce(message.partials, message.scheme, message.constants)
         assert_same_bits(got, expected, f"reference, {message}")
         context = ParallelContext.virtual_ranks(len(message.partials))
-        virtual = build_all_reduce(context, message.scheme, hidden, message.constants, "torch")
-        assert_same_bits(virtual(torch.stack(message.partials)), expected, f"virtual ranks, {message}")
+        for backend in ("torch", "auto"):
+            virtual = build_all_reduce(context, message.scheme, hidden, message.constants, backend)
+            assert_same_bits(virtual(torch.stack(message.partials)), expected, f"virtual ranks ({backend}), {message}")
 
 
 @QUICK
