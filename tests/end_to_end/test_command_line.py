@@ -115,7 +115,7 @@ def test_bench_times_schemes_beside_torch(workshop: Workshop) -> None:
     flags = ["--tokens", "1,5", "--hidden", 256, "--schemes", "bf16,int4-outlier:one-stage", "--rounds", 3]
     call("bench", "all-reduce", *flags, "--tp", 2, "--json", out)
     _, rows = read(out)
-    names = ["torch.distributed.all_reduce", "bf16", "int4-outlier:one-stage"]
+    names = ["torch.distributed.all_reduce", "bf16", "bf16, policy", "int4-outlier:one-stage"]
     assert [(row["tokens"], row["scheme"]) for row in rows] == [(tokens, name) for tokens in (1, 5) for name in names]
     for row in rows:
         assert list(row) == BENCH_ROW

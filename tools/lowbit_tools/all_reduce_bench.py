@@ -37,15 +37,15 @@ class AllReduceRow:
     tokens: int
     hidden: int
     scheme: str
-    chosen: str
     tp: int
-    rounds: int
     median_us: float
     p10_us: float
     p90_us: float
     ratio_to_torch_all_reduce: float
     ratio_low: float
     ratio_high: float
+    chosen: str
+    rounds: int
     sent_nbytes: int | None
 
 
@@ -150,8 +150,8 @@ def bench_all_reduce(
             low, high = ratio_interval(times[BASELINE], seconds)
             rows.append(
                 AllReduceRow(
-                    tokens, hidden, name, chosen.get(name, ""), context.size, rounds, median,
-                    ordered[len(ordered) // 10], ordered[9 * len(ordered) // 10], 1e6 * baseline / median, low, high,
+                    tokens, hidden, name, context.size, median, ordered[len(ordered) // 10],
+                    ordered[9 * len(ordered) // 10], 1e6 * baseline / median, low, high, chosen.get(name, ""), rounds,
                     sent.get(name),
                 )
             )  # fmt: skip

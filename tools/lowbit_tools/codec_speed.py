@@ -8,7 +8,7 @@ import torch
 
 from lowbit_tools.all_reduce_bench import Message
 from megatron_lowbit.comm.schemes import CommScheme
-from megatron_lowbit.comm.two_stage import PIECE_NBYTES
+from megatron_lowbit.comm.two_stage import AUTOMATIC
 from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.parallel import ParallelContext
 
@@ -23,7 +23,7 @@ def codec_nbytes_per_s(scheme: CommScheme, hidden: int, device: torch.device, ba
     context = ParallelContext.virtual_ranks(2, device)
     message = Message(context, TOKENS, hidden)
     partial_LTH = torch.stack(message.partials).to(device)
-    all_reduce = message.all_reduce(scheme, backend, None, PIECE_NBYTES, Workspace())
+    all_reduce = message.all_reduce(scheme, backend, None, AUTOMATIC, Workspace())
     best = float("inf")
     for _ in range(ROUNDS):
         began = time.perf_counter()
