@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Usage: launch/tune.sh OUT.json [RANKS] [ARGUMENTS…]   measures which collective is fastest for which message size here.
+# Usage: launch/tune.sh OUT.json [--scheme S] [--hidden 4096] [--seconds 40]
+# Measures which collective is fastest for which message size on RANKS (default 2) ranks of this host under torchrun.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-out=${1:?usage: launch/tune.sh OUT.json [RANKS] [ARGUMENTS…]}
-torchrun --standalone --nproc-per-node "${2:-2}" -m lowbit_tools tune "$out" "${@:3}"
+torchrun_ranks tune "$@"
