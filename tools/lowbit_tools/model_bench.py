@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +29,7 @@ ONE_RANK = "one rank"
 #: Random sequences that give static schemes their scales where no calibration is given, and their tokens.
 OWN_CALIBRATION = (4, 32)
 _CHECKED_TOKENS = 16
+_WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,7 @@ class Variant:
     model: Decoder
     sync_points: int
     policy: Policy | None = None
-    #: payload of the prompt's pass and of a later one: at sync points, elsewhere
-    sent_nbytes: list[tuple[int, int]] = field(default_factory=list)
-    #: rounds of (prompt, step) of (seconds, at sync points, elsewhere), this rank's
+    #: this rank's rounds of (prompt, step), each as `_Pass` has its fields
     rounds: list[list[list[float]]] = field(default_factory=list)
 
     def collective(self, tokens: int) -> str:
@@ -147,82 +147,112 @@ def bench_model(
 ) -> list[ModelRow]:
     """A row for each prompt length and variant. Called on all ranks alike; the same on all of them.
 
-    new_tokens: at least 2, the first of which is the prompt's. clock: the one that `variants` was given. One round more
-    than `rounds` is run, for warming up.
+    new_tokens: at least 2, the first of which is the prompt's. clock: the one that `variants` was given. Each variant
+    warms up with the beginning of the prompt; buffers of its full length are made in the first round, which a median
+    of three forgets.
     """
     for variant in candidates:
         check_replicas(variant)
     rows: list[ModelRow] = []
-    total = len(prompt_lengths) * (rounds + 1)
     for done, length in enumerate(prompt_lengths):
         prompt = random_prompt(candidates[0].model.config.vocab_size, length)
         for variant in candidates:
             variant.rounds = []
-        for turn in range(rounds + 1):
+            _generate(variant, prompt[:_WARM_UP_TOKENS], 2, clock)
+        for turn in range(rounds):
             first = turn % len(candidates)  # nobody always follows the same neighbour
             for variant in (*candidates[first:], *candidates[:first]):
-                passes = _generate(variant, prompt, new_tokens, clock, warming_up=turn == 0)
-                if turn:
-                    variant.rounds.append(
-                        [passes[0], [statistics.median(step) for step in zip(*passes[1:], strict=True)]]
-                    )
+                prefill, *steps = _generate(variant, prompt, new_tokens, clock)
+                variant.rounds.append([prefill, [statistics.median(values) for values in zip(*steps, strict=True)]])
             if progress is not None:
-                progress(done * (rounds + 1) + turn + 1, total)
+                progress(done * rounds + turn + 1, len(prompt_lengths) * rounds)
         rows += _rows(candidates, length, new_tokens)
     return rows
 
 
-def _generate(
-    variant: Variant, prompt: list[int], new_tokens: int, clock: CommunicationClock, warming_up: bool
-) -> list[list[float]]:
-    """(seconds, at sync points, elsewhere) of each pass of one generation on this rank."""
+class _Pass(NamedTuple):
+    """One forward pass and the choice of a token on one rank: seconds, and payload that it sent."""
+
+    seconds: float
+    sync_s: float
+    elsewhere_s: float
+    sync_nbytes: float
+    elsewhere_nbytes: float
+
+
+def _generate(variant: Variant, prompt: list[int], new_tokens: int, clock: CommunicationClock) -> list[list[float]]:
+    """A `_Pass`, as a list, for each new token of one generation on this rank."""
     context = variant.model.context
     generation = TokenGeneration(variant.model, [prompt], SamplingParams(new_tokens, ignore_eos=True))
-    passes, sent = [], []
+    passes = []
     for _ in range(new_tokens):
         context.barrier()
         context.traffic.reset()
         clock.reset()
         began = time.perf_counter()
         generation.step()
-        passes.append([time.perf_counter() - began, clock.seconds(SYNC), clock.seconds(ELSEWHERE)])
+        seconds = time.perf_counter() - began
         assert clock.calls == variant.sync_points, f"{variant.name}: {clock.calls} all-reduces in a pass"
-        if warming_up and len(sent) < 2:
-            at_sync = sum(context.traffic.sent_nbytes.get(purpose, 0) for purpose in (REDUCE, GATHER))
-            sent.append([at_sync, context.traffic.total_nbytes() - at_sync])
-    if warming_up:
-        ranks = context.all_gather_json(sent)
-        variant.sent_nbytes = [
-            (max(rank[phase][0] for rank in ranks), max(rank[phase][1] for rank in ranks)) for phase in range(2)
-        ]
+        at_sync = sum(context.traffic.sent_nbytes.get(purpose, 0) for purpose in (REDUCE, GATHER))
+        elsewhere = context.traffic.total_nbytes() - at_sync
+        passes.append([*_Pass(seconds, clock.seconds(SYNC), clock.seconds(ELSEWHERE), at_sync, elsewhere)])
     return passes
 
 
 @dataclass(frozen=True)
 class _Phase:
-    """Prompt or step of one variant, over its rounds."""
+    """Prompt or step of one variant, over its rounds and ranks."""
 
     seconds: list[float]
     sync_s: float
     sync_share: float
     elsewhere_s: float
+    sync_nbytes: int
+    elsewhere_nbytes: int
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    @classmethod
+    def of(cls, ranks: list[list[list[list[float]]]], phase: int) -> _Phase:
+        """From what every rank keeps in `Variant.rounds`."""
+        seconds, sync, share, elsewhere = [], [], [], []
+        for one_round in zip(*ranks, strict=True):
+            passes = [_Pass(*rank[phase]) for rank in one_round]
+            busiest = max(passes, key=lambda one: one.seconds - one.sync_s - one.elsewhere_s)
+            seconds.append(max(one.seconds for one in passes))
+            sync.append(busiest.sync_s)
+            share.append(busiest.sync_s / busiest.seconds)
+            elsewhere.append(busiest.elsewhere_s)
+        sent = [_Pass(*rank[0][phase]) for rank in ranks]
+        return cls(
+            seconds,
+            statistics.median(sync),
+            statistics.median(share),
+            statistics.median(elsewhere),
+            int(max(one.sync_nbytes for one in sent)),
+            int(max(one.elsewhere_nbytes for one in sent)),
+        )
+
+    def ratio(self, baseline: _Phase | None) -> tuple[float | None, tuple[float, float] | None]:
+        """How much faster than the baseline, with a 95 % interval."""
+        if baseline is None:
+            return None, None
+        return baseline.median_s / self.median_s, ratio_interval(baseline.seconds, self.seconds)
 
 
 def _rows(candidates: Sequence[Variant], length: int, new_tokens: int) -> list[ModelRow]:
     context = candidates[0].model.context
     gathered = {variant.name: context.all_gather_json(variant.rounds) for variant in candidates}
-    phases = {name: [_over_ranks(ranks, phase) for phase in range(2)] for name, ranks in gathered.items()}
+    phases = {name: [_Phase.of(ranks, phase) for phase in range(2)] for name, ranks in gathered.items()}
+    baseline_prefill, baseline_step = phases.get(BASELINE, (None, None))
     rows = []
     for variant in candidates:
         prefill, step = phases[variant.name]
+        ttft_ratio, ttft_interval = prefill.ratio(baseline_prefill)
+        step_ratio, step_interval = step.ratio(baseline_step)
         says_bytes = variant.name != BASELINE
-        (prefill_ratio, prefill_interval), (step_ratio, step_interval) = (
-            _ratio(phases[BASELINE][phase].seconds, phases[variant.name][phase].seconds)
-            if BASELINE in phases
-            else (None, None)
-            for phase in range(2)
-        )
-        (prefill_sent, prefill_elsewhere), (step_sent, step_elsewhere) = variant.sent_nbytes
         rows.append(
             ModelRow(
                 prompt_tokens=length,
@@ -230,18 +260,18 @@ def _rows(candidates: Sequence[Variant], length: int, new_tokens: int) -> list[M
                 tp=context.size,
                 rounds=len(prefill.seconds),
                 new_tokens=new_tokens,
-                ttft_s=statistics.median(prefill.seconds),
+                ttft_s=prefill.median_s,
                 ttft_low_s=min(prefill.seconds),
                 ttft_high_s=max(prefill.seconds),
-                ttft_ratio_to_torch=prefill_ratio,
-                ttft_ratio_interval=prefill_interval,
+                ttft_ratio_to_torch=ttft_ratio,
+                ttft_ratio_interval=ttft_interval,
                 ttft_sync_s=prefill.sync_s,
                 ttft_sync_share=prefill.sync_share,
                 ttft_elsewhere_s=prefill.elsewhere_s,
-                ttft_sent_nbytes=prefill_sent if says_bytes else None,
-                ttft_elsewhere_nbytes=prefill_elsewhere,
+                ttft_sent_nbytes=prefill.sync_nbytes if says_bytes else None,
+                ttft_elsewhere_nbytes=prefill.elsewhere_nbytes,
                 ttft_collective=variant.collective(length),
-                step_s=statistics.median(step.seconds),
+                step_s=step.median_s,
                 step_low_s=min(step.seconds),
                 step_high_s=max(step.seconds),
                 step_ratio_to_torch=step_ratio,
@@ -249,26 +279,10 @@ def _rows(candidates: Sequence[Variant], length: int, new_tokens: int) -> list[M
                 step_sync_s=step.sync_s,
                 step_sync_share=step.sync_share,
                 step_elsewhere_s=step.elsewhere_s,
-                step_sent_nbytes=step_sent if says_bytes else None,
-                step_elsewhere_nbytes=step_elsewhere,
+                step_sent_nbytes=step.sync_nbytes if says_bytes else None,
+                step_elsewhere_nbytes=step.elsewhere_nbytes,
                 step_collective=variant.collective(1),
-                decode_tokens_per_s=1.0 / statistics.median(step.seconds),
+                decode_tokens_per_s=1.0 / step.median_s,
             )
         )
     return rows
-
-
-def _over_ranks(ranks: list[list[list[list[float]]]], phase: int) -> _Phase:
-    seconds, sync, share, elsewhere = [], [], [], []
-    for one_round in zip(*ranks, strict=True):
-        times = [rank[phase] for rank in one_round]
-        busiest = max(times, key=lambda one: one[0] - one[1] - one[2])
-        seconds.append(max(one[0] for one in times))
-        sync.append(busiest[1])
-        share.append(busiest[1] / busiest[0])
-        elsewhere.append(busiest[2])
-    return _Phase(seconds, statistics.median(sync), statistics.median(share), statistics.median(elsewhere))
-
-
-def _ratio(baseline: list[float], seconds: list[float]) -> tuple[float, tuple[float, float]]:
-    return statistics.median(baseline) / statistics.median(seconds), ratio_interval(baseline, seconds)

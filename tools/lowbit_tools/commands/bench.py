@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from lowbit_tools import local_ranks, model_arguments, output
+from lowbit_tools import local_ranks, model_arguments, output, units
 from lowbit_tools.all_reduce_bench import bench_all_reduce
 
 NAME = "bench"
@@ -48,14 +48,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def link_rate(text: str | None) -> float | None:
-    """Bits a second of a rate as `tc` writes it (`1gbit`, `100mbit`); ValueError for anything else."""
-    if text is None:
-        return None
-    for unit, factor in (("gbit", 1e9), ("mbit", 1e6), ("kbit", 1e3)):
-        number = text.removesuffix(unit)
-        if number != text and number.replace(".", "", 1).isdecimal() and float(number) > 0:
-            return float(number) * factor
-    raise ValueError(f"--link is {text!r}; give a rate such as 1gbit, 2.5gbit or 100mbit")
+    """Bits a second of a rate (`1gbit`, `100mbit`); ValueError for anything else."""
+    return None if text is None else units.bits_per_s(text, "--link")
 
 
 def _sizes(text: str) -> list[int]:

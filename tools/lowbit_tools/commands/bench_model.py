@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-tokens", type=int, default=16, metavar="N", help="tokens after each prompt, at least 2 (default: 16)"
     )
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds after a warm-up one (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds (default: 5)")
     model_arguments.add_policy_argument(parser, "time schemes below 16 bits under this policy too")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="weights and activations (default: bf16)")
     local_ranks.add_arguments(parser, virtual=False)
@@ -170,8 +170,9 @@ def tables(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[
 
     caption = (
         f"{facts['model']}, {facts['weights']}, {facts['dtype']}, {facts['tp']} ranks on {facts['device']}, "
-        f"{facts['threads_per_rank']} thread(s) a rank, torch {facts['torch']}, over {facts['transport'] or 'nothing'}; "
-        f"{rows[0]['rounds']} interleaved rounds, medians, slowest rank; batch 1, random tokens"
+        f"{facts['threads_per_rank']} thread(s) a rank, torch {facts['torch']}, "
+        f"over {facts['transport'] or 'nothing'}; {rows[0]['rounds']} interleaved rounds, medians, "
+        "slowest rank; batch 1, random tokens"
         + (f"; scales from {facts['scales']}" if facts["scales"] else "")
         + ". Sync points: share of the time that the rank with most work of its own spends there; elsewhere: embedding "
         "rows and best tokens. Bytes: at sync points + elsewhere, busiest rank."
