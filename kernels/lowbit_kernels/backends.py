@@ -95,7 +95,7 @@ def get_backend(name: str = "auto", device: torch.device | str = "cpu") -> Backe
     """The codec called `name` ("auto", "torch", "cpu" or "triton") for tensors on `device`.
 
     "auto" takes Triton on CUDA and compiled C on a CPU where they can be had, else torch, and logs once which one, and
-    why the faster one is missing. All backends give the same bits.
+    why the faster one is missing (a warning). All backends give the same bits.
     Raises ValueError where a backend asked for by name cannot run, saying what can and how to get the other.
     """
     device = torch.device(device)
@@ -125,5 +125,7 @@ def _why_missing(name: str, device: torch.device) -> str:
 
 @functools.cache  # once per process and combination
 def _announce(name: str, device_type: str, missing: str) -> None:
-    reason = f" (a faster one cannot run: {missing})" if missing else ""
-    logger.info("codec backend on %s: %s%s", device_type, name, reason)
+    if missing:
+        logger.warning("codec backend on %s: %s, many times slower than the compiled one: %s", device_type, name, missing)
+    else:
+        logger.info("codec backend on %s: %s", device_type, name)

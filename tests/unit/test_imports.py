@@ -43,6 +43,7 @@ IMPORT_NOTHING_OF_OURS = (
 MAY_CALL_DISTRIBUTED = (
     "megatron_lowbit.parallel",
     "megatron_lowbit.transport.process_group",
+    "megatron_lowbit.transport.symmetric_memory",
     "lowbit_tools.all_reduce_bench",
 )
 # starts processes and waits for them; it sends nothing
