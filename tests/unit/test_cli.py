@@ -21,16 +21,25 @@ FLAGS = {
     "convert": "SRC OUT --tp --dtype --overwrite --json",
     "calibrate": f"OUT.safetensors --text --sequences --length {MODEL_FLAGS}",
     "generate": "--prompt --scheme --calibration --max-new-tokens --temperature --top-k --top-p --seed --stop --chat "
-    f"--stats {MODEL_FLAGS}",
+    f"--policy --stats {MODEL_FLAGS}",
     "eval": f"--text --schemes --calibration --windows --length {MODEL_FLAGS}",
-    "bench": "what --tokens --hidden --schemes --rounds --backend --tp --device --json",
+    "bench": "what --tokens --hidden --schemes --rounds --backend --policy --piece-kib --link --tp --device --json",
+    "bench-model": "MODEL --config --random-weights --schemes --calibration --prompt-tokens --new-tokens --rounds "
+    "--policy --dtype --tp --device --backend --json",
+    "tune": "OUT --scheme --hidden --seconds --backend --tp --device --json",
+    "plan": "--model --table --validate --tp --link --flops --memory-bandwidth --codec-bandwidth --transport --scheme "
+    "--policy --prompt-tokens --batch --alone --json",
     "demo": "--model --text --out --prompt --sequences --windows --length --tp --device",
 }
 DEFAULTS = {
     "calibrate M C": dict(sequences=256, length=512, text=None),
     "generate M --prompt x": dict(scheme="bf16", max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0, chat=False),
     "eval M --schemes bf16": dict(windows=32, length=512, text=None, calibration=None),
-    "bench all-reduce": dict(tokens="1,16,128,1024", hidden=4096),
+    "bench all-reduce": dict(tokens="1,16,128,1024", hidden=4096, policy="auto", piece_kib=0, link=None),
+    "bench-model M": dict(
+        schemes="bf16,int4-outlier", prompt_tokens="512,2048", new_tokens=16, rounds=5, policy="auto"
+    ),
+    "tune OUT": dict(scheme="int4-outlier", hidden=4096, seconds=40.0),
     "convert S O --tp 2": dict(dtype="bf16", overwrite=False),
 }
 
@@ -96,7 +105,21 @@ WRONG = {
     "bench all-reduce --hidden 0": "--hidden",
     "bench all-reduce --schemes nothing": "unknown scheme 'nothing'",
     "bench all-reduce": "--tp N",
+    "bench all-reduce --link 1gb": "--link is '1gb'",
     "bench broadcast": "broadcast",
+    "bench-model": "either MODEL or --config",
+    "bench-model M --config c.json": "either MODEL or --config",
+    "bench-model --config nowhere.json": "nowhere.json",
+    "bench-model nowhere": "nowhere",
+    "bench-model M --random-weights --calibration c": "--calibration",
+    "bench-model M --prompt-tokens 5,x": "--prompt-tokens",
+    "bench-model M --prompt-tokens 0": "--prompt-tokens is '0'",
+    "bench-model M --new-tokens 1": "--new-tokens is 1",
+    "bench-model M --rounds 0": "--rounds is 0",
+    "bench-model M --schemes int5+int6+int7": "int5+int6+int7",
+    "tune OUT": "--tp N",
+    "tune OUT --scheme int4:one-stage": "one-stage",
+    "tune OUT --seconds 0": "--seconds is 0",
     "demo": "--tp 2",
     "demo --text nowhere.txt": "nowhere.txt",
 }

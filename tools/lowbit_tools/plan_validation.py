@@ -110,10 +110,10 @@ def validate(measured: Measured, rates: Rates, alone: Measured | None, link: Lin
     """
     if measured.ranks == 1:
         raise ValueError(f"{measured.path} was measured on one rank: nothing was sent; give rows of several")
-    if missing := rates.missing(alone):
-        raise ValueError(f"{', '.join(missing)}: give them, or --alone FILE of `bench-model` on one rank")
     if alone is not None:
         check_alone(alone, measured)
+    if missing := rates.missing(alone):
+        raise ValueError(f"{', '.join(missing)}: give them, or --alone FILE of `bench-model` on one rank")
     policy = None
     if measured.conditions.get("policy") is not None:
         policy = policy_from_json(measured.conditions["policy"], str(measured.path))

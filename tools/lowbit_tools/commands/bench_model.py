@@ -58,8 +58,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("give either MODEL or --config FILE: the one says where weights are, the other has none")
     if args.config is not None:
         config_path(args.config)
-        if args.calibration is not None:
-            raise ValueError("--calibration belongs to a checkpoint's weights; leave it out with --config")
+    if args.calibration is not None and (args.config is not None or args.random_weights):
+        raise ValueError("--calibration belongs to a checkpoint's own weights; leave it out for random ones")
     model_arguments.parse_schemes(args.schemes)
     prompt_lengths(args.prompt_tokens)
     for flag, value, least in (("--new-tokens", args.new_tokens, 2), ("--rounds", args.rounds, 1)):
