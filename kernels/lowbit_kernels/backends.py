@@ -126,6 +126,8 @@ def _why_missing(name: str, device: torch.device) -> str:
 @functools.cache  # once per process and combination
 def _announce(name: str, device_type: str, missing: str) -> None:
     if missing:
-        logger.warning("codec backend on %s: %s, many times slower than the compiled one: %s", device_type, name, missing)
+        logger.warning(
+            "codec backend on %s: %s, many times slower than the compiled one: %s", device_type, name, missing
+        )
     else:
         logger.info("codec backend on %s: %s", device_type, name)

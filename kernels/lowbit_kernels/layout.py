@@ -12,6 +12,7 @@ Legend: T tokens, H hidden features, K outliers, R ranks, B bytes of a row, G gr
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,83 +94,83 @@ class PacketLayout:
                 "only scale_format 'bf16' and prescaled=False are allowed (no scale travels); give a group_size"
             )
 
-    @property
+    @functools.cached_property
     def has_codes(self) -> bool:
         """True where body values travel as codes of 2 to 8 bits."""
         return self.bits not in VALUE_BITS
 
-    @property
+    @functools.cached_property
     def needs_static(self) -> bool:
         """True where encode needs `inverse_scale` and decode needs `scale`."""
         return self.has_codes and (self.group_size == 0 or self.prescaled)
 
-    @property
+    @functools.cached_property
     def needs_minimum(self) -> bool:
         """True where encode and decode need the static `minimum`."""
         return self.asymmetric and self.group_size == 0
 
-    @property
+    @functools.cached_property
     def body(self) -> int:
         """H - K: values that are not outliers, in ascending feature order."""
         return self.features - self.outliers
 
-    @property
+    @functools.cached_property
     def groups(self) -> int:
         """G, scales on the wire in a row."""
         return -(-self.body // self.group_size) if self.group_size else 0
 
-    @property
+    @functools.cached_property
     def planes(self) -> tuple[int, ...]:
         """Bits of a code in each plane, low bits first; they add up to `bits`. Empty for plain values."""
         return PLANES.get(self.bits, ())
 
-    @property
+    @functools.cached_property
     def plane_offsets(self) -> tuple[int, ...]:
         """First byte of each plane."""
         nbytes = [_nbytes(self.body * width) for width in self.planes]
         return tuple(sum(nbytes[:plane]) for plane in range(len(nbytes)))
 
-    @property
+    @functools.cached_property
     def codes_nbytes(self) -> int:
         """Bytes of all planes together, or of the values themselves for 16 and 32 bits."""
         return sum(_nbytes(self.body * width) for width in self.planes or (self.bits,))
 
-    @property
+    @functools.cached_property
     def row_scale_offset(self) -> int:
         """First byte of the row scale, where there is one: the end of the codes rounded up to 2."""
         return _even(self.codes_nbytes)
 
-    @property
+    @functools.cached_property
     def row_scale_nbytes(self) -> int:
         """2 where group scales are e4m3, else 0."""
         return 2 if self.scale_format == "e4m3" else 0
 
-    @property
+    @functools.cached_property
     def scale_nbytes(self) -> int:
         """Bytes of one group scale."""
         return 2 if self.scale_format == "bf16" else 1
 
-    @property
+    @functools.cached_property
     def scales_offset(self) -> int:
         """First byte of the group scales. Even, so that 16-bit loads are aligned, but for e8m0 without a gap."""
         return self.codes_nbytes if self.scale_format == "e8m0" else self.row_scale_offset + self.row_scale_nbytes
 
-    @property
+    @functools.cached_property
     def scales_end(self) -> int:
         """The byte behind the group scales, before the gap that may follow them."""
         return self.scales_offset + self.scale_nbytes * self.groups
 
-    @property
+    @functools.cached_property
     def minimums_offset(self) -> int:
         """First byte of the minimums of the groups, one bf16 each where the layout is asymmetric."""
         return _even(self.scales_end)
 
-    @property
+    @functools.cached_property
     def outliers_offset(self) -> int:
         """First byte of the outliers."""
         return self.minimums_offset + (2 * self.groups if self.asymmetric else 0)
 
-    @property
+    @functools.cached_property
     def row_nbytes(self) -> int:
         """B, a multiple of 2, so that the 16-bit parts of all rows are aligned.
 
@@ -177,13 +178,13 @@ class PacketLayout:
         """
         return self.outliers_offset + 2 * self.outliers
 
-    @property
+    @functools.cached_property
     def nominal_bits_per_value(self) -> float:
         """Bits a feature of codes, scales, minimums and outliers, without padding."""
         sides = 8 * (self.row_scale_nbytes + self.groups * (self.scale_nbytes + 2 * self.asymmetric))
         return (self.body * self.bits + sides + 16 * self.outliers) / self.features
 
-    @property
+    @functools.cached_property
     def wire_bits_per_value(self) -> float:
         """Bits on the wire a feature, with scales, outliers and padding."""
         return 8 * self.row_nbytes / self.features
