@@ -168,5 +168,5 @@ def test_the_readme_shows_every_subcommand() -> None:
 def test_commands_of_the_readme_parse(line: str) -> None:
     words = COMMAND.split(line, maxsplit=1)[1]
     args = build_parser().parse_args(shlex.split(words))
-    for scheme in getattr(args, "schemes", getattr(args, "scheme", "bf16")).split(","):
+    for scheme in (getattr(args, "schemes", getattr(args, "scheme", None)) or "bf16").split(","):
         parse_scheme(scheme)  # the parser itself takes any text

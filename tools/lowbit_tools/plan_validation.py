@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,12 @@ def check_alone(alone: Measured, measured: Measured) -> None:
     """ValueError unless `alone` is the same model on one rank, with as many threads."""
     if alone.ranks != 1:
         raise ValueError(f"--alone {alone.path} was measured on {alone.ranks} ranks; give rows of one rank")
-    for what in ("config", "threads_per_rank", "dtype"):
-        mine, other = alone.conditions.get(what), measured.conditions.get(what)
+    compared: dict[str, tuple[object, object]] = {
+        "the model's shape": (replace(alone.shape, name=measured.shape.name), measured.shape)
+    }
+    for what in ("threads_per_rank", "dtype"):
+        compared[what] = alone.conditions.get(what), measured.conditions.get(what)
+    for what, (mine, other) in compared.items():
         if mine != other:
             raise ValueError(f"--alone {alone.path} differs from {measured.path} in {what}: {mine!r} and {other!r}")
 

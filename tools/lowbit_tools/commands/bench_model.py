@@ -161,7 +161,6 @@ def tables(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[
             "scheme": lambda row: row["scheme"],
             "took": lambda row: row[f"{phase}_collective"],
             **speed,
-            "low - high ms": lambda row: f"{1e3 * row[f'{phase}_low_s']:,.1f} - {1e3 * row[f'{phase}_high_s']:,.1f}",
             "over torch (95 %)": lambda row: against_torch(row, phase),
             "sync points": lambda row: f"{100 * row[f'{phase}_sync_share']:.0f} %",
             "elsewhere ms": lambda row: f"{1e3 * row[f'{phase}_elsewhere_s']:.1f}",
