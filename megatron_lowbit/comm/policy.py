@@ -77,6 +77,8 @@ def default_policy(ranks: int) -> Policy:
     A message that fits a few network packets costs its latency and nothing else: it goes exactly, in one stage. One
     stage moves (R-1)/2 times the bytes of two, which pays while latency outweighs them.
     """
+    if ranks < 2:  # nothing travels
+        return Policy(((1 << 62, Choice("exact")),))
     exact = 24 << 10
     one_stage = exact if ranks > 4 else (256 << 10) // (ranks - 1)
     steps = [(exact // (ranks - 1), Choice("exact"))]

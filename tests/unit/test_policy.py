@@ -50,6 +50,10 @@ def test_defaults_grow_from_exact_to_two_stages(ranks):
         assert policy.choose(13, 1024).collective == "two-stage"
 
 
+def test_one_rank_has_a_policy_too():
+    assert default_policy(1).choose(10**6, 4096).collective == "exact"
+
+
 def test_each_choice_has_the_numbers_of_its_collective():
     message = draw_message(4, 3, "int4-outlier", tokens=9, hidden=128)
     context = ParallelContext.virtual_ranks(3)
