@@ -93,7 +93,7 @@ def test_no_chat_without_a_template(llm: LLM) -> None:
 
 def test_virtual_ranks_at_low_bits_count_what_they_clamp(workshop: Workshop) -> None:
     llm = LLM(
-        workshop.tp2, scheme="int4-outlier", calibration=workshop.calibration, count_saturation=True,
+        workshop.tp2, scheme="int4-outlier", calibration=workshop.calibration, count_saturation=True, policy=None,
         context=ParallelContext.virtual_ranks(2),
     )  # fmt: skip
     completions = llm.generate(PROMPTS[:1], SamplingParams(max_new_tokens=3, ignore_eos=True))
