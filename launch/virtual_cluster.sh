@@ -2,13 +2,12 @@
 # Usage: launch/virtual_cluster.sh HOSTS RATE -- ARGUMENTS…
 #
 # Runs torchrun on HOSTS virtual hosts of this machine: network namespaces joined by a bridge, each link limited to RATE
-# both ways (1gbit, 100mbit, … as tc takes it, or none), each host with its own part of the CPUs. ARGUMENTS are what one
-# gives torchrun after its rendezvous flags; one process a host unless they say otherwise. Shows the output of host 0.
-# Example:
+# both ways (1gbit, 100mbit, … as tc takes it, or none). ARGUMENTS are what one gives torchrun after its rendezvous
+# flags; one process a host unless they say otherwise. Shows the output of host 0. Example:
 #
 #   launch/virtual_cluster.sh 4 1gbit -- -m lowbit_tools bench all-reduce --tokens 1024
 #
-# Needs root, iproute2 (ip, tc) and util-linux (taskset). Everything it makes is removed when it ends, also after a failure or Ctrl-C.
+# Needs root and iproute2 (ip, tc). Everything it makes is removed when it ends, also after a failure or Ctrl-C.
 # BURST_KB (default: what the link carries in 1 ms, at least 64) is how much may pass at full speed after a pause.
 set -euo pipefail
 
@@ -22,8 +21,8 @@ hosts=$1 rate=$2
 shift 3
 [[ $hosts =~ ^[0-9]+$ && $hosts -ge 2 && $hosts -le 64 ]] || fail "HOSTS is '$hosts'; give a number from 2 to 64"
 [[ $rate == none || $rate =~ ^([0-9]+)(kbit|mbit|gbit)$ ]] || fail "RATE is '$rate'; give none, or for example 100mbit or 10gbit"
-for tool in ip tc taskset; do
-    command -v "$tool" >/dev/null || fail "$tool is missing; install iproute2 and util-linux (Debian: apt-get install iproute2 util-linux)"
+for tool in ip tc; do
+    command -v "$tool" >/dev/null || fail "$tool is missing; install iproute2 (Debian: apt-get install iproute2)"
 done
 [[ $(id -u) -eq 0 ]] || fail "network namespaces need root; run this with sudo"
 
@@ -87,14 +86,8 @@ wait "${children[0]}"
 children=()
 
 export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
-cpus=$(nproc)
-own_cpus() { # HOST: its part of this machine's CPUs; hosts beyond their number share, in turn
-    local first=$(($1 * cpus / hosts)) last=$((($1 + 1) * cpus / hosts - 1))
-    ((cpus >= hosts)) && echo "$first-$last" || echo $(($1 % cpus))
-}
-
 for ((host = hosts - 1; host >= 0; host--)); do
-    command=(taskset -c "$(own_cpus "$host")" ip netns exec "$name-host$host" python -m torch.distributed.run
+    command=(ip netns exec "$name-host$host" python -m torch.distributed.run
         --nnodes "$hosts" --node-rank "$host" --nproc-per-node 1 --local-addr "$network.$((host + 1))"
         --master-addr "$network.1" --master-port 29500 "$@")
     if [[ $host -eq 0 ]]; then
