@@ -7,18 +7,19 @@ Legend: T tokens, H hidden features, K outliers, R ranks, B bytes of a row.
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lowbit_kernels.checks import check_decode, check_decode_add_norm, check_decode_sum, check_encode, check_requantize
-from lowbit_kernels.cpu_library import c_layout, library
+from lowbit_kernels.cpu_library import CLayout, c_layout, library
 from lowbit_kernels.layout import PacketLayout
 
 name = "cpu"
 
+_BF16, _FP32, _UINT8, _INT64 = torch.bfloat16, torch.float32, torch.uint8, torch.int64
 _NO_MEMORY = 1
 _BAD_OUTLIER_INDEX = 2
 
@@ -44,21 +45,31 @@ def encode(
     minimum: Tensor | None = None,
 ) -> None:
     """See `reference.encode`. Also ValueError for an `outlier_index` that is not ascending within 0..H-1."""
-    check_encode(x_TH, layout, packet_TB, inverse_scale, body_index, outlier_index, minimum)
-    _demand_cpu(x_TH)
+    at, shape = c_layout(layout), x_TH.shape
+    if not (
+        len(shape) == 2
+        and (x_TH.dtype is _BF16 or x_TH.dtype is _FP32)
+        and _fits(x_TH, (shape[0], at.features), x_TH.dtype)
+        and _fits(packet_TB, (shape[0], at.row_nbytes), _UINT8)
+        and _static_fit(at, inverse_scale, body_index, outlier_index, minimum)
+    ):
+        check_encode(x_TH, layout, packet_TB, inverse_scale, body_index, outlier_index, minimum)
+        _demand_cpu(x_TH)
+    is_bf16 = x_TH.dtype is _BF16
     status = library().lowbit_encode(
-        c_layout(layout),
+        at.struct,
         x_TH.data_ptr(),
-        x_TH.stride(0) * x_TH.element_size(),
-        x_TH.dtype == torch.bfloat16,
-        x_TH.shape[0],
+        x_TH.stride()[0] * (2 if is_bf16 else 4),
+        is_bf16,
+        shape[0],
         packet_TB.data_ptr(),
-        packet_TB.stride(0),
-        _pointer(inverse_scale),
-        _pointer(minimum),
-        _pointer(outlier_index),
+        packet_TB.stride()[0],
+        None if inverse_scale is None else inverse_scale.data_ptr(),
+        None if minimum is None else minimum.data_ptr(),
+        None if outlier_index is None else outlier_index.data_ptr(),
     )
-    _raise(status, outlier_index)
+    if status:
+        _raise(status, outlier_index)
 
 
 def decode(
@@ -72,21 +83,29 @@ def decode(
     add: bool = False,
 ) -> None:
     """See `reference.decode`. Also ValueError for an `outlier_index` that is not ascending within 0..H-1."""
-    check_decode(packet_TB, layout, out_TH, scale, body_index, outlier_index, minimum)
-    _demand_cpu(out_TH)
+    at, shape = c_layout(layout), out_TH.shape
+    if not (
+        len(shape) == 2
+        and _fits(out_TH, (shape[0], at.features), _FP32)
+        and _fits(packet_TB, (shape[0], at.row_nbytes), _UINT8)
+        and _static_fit(at, scale, body_index, outlier_index, minimum)
+    ):
+        check_decode(packet_TB, layout, out_TH, scale, body_index, outlier_index, minimum)
+        _demand_cpu(out_TH)
     status = library().lowbit_decode(
-        c_layout(layout),
+        at.struct,
         packet_TB.data_ptr(),
-        packet_TB.stride(0),
-        out_TH.shape[0],
+        packet_TB.stride()[0],
+        shape[0],
         out_TH.data_ptr(),
-        out_TH.stride(0),
-        _pointer(scale),
-        _pointer(minimum),
-        _pointer(outlier_index),
+        out_TH.stride()[0],
+        None if scale is None else scale.data_ptr(),
+        None if minimum is None else minimum.data_ptr(),
+        None if outlier_index is None else outlier_index.data_ptr(),
         add,
     )
-    _raise(status, outlier_index)
+    if status:
+        _raise(status, outlier_index)
 
 
 def decode_sum(
@@ -99,20 +118,27 @@ def decode_sum(
     minimum_RH: Tensor | None = None,
 ) -> None:
     """See `reference.decode_sum`. Also ValueError for an `outlier_index` that is not ascending within 0..H-1."""
-    packets = check_decode_sum(packets_RTB, layout, out_TH, scale_RH, body_index, outlier_index, minimum_RH)
-    _demand_cpu(out_TH)
+    at, shape = c_layout(layout), out_TH.shape
+    if not (
+        len(shape) == 2
+        and _fits(out_TH, (shape[0], at.features), _FP32)
+        and _packets_fit(at, shape[0], packets_RTB, scale_RH, body_index, outlier_index, minimum_RH)
+    ):
+        check_decode_sum(packets_RTB, layout, out_TH, scale_RH, body_index, outlier_index, minimum_RH)
+        _demand_cpu(out_TH)
     status = library().lowbit_decode_sum(
-        c_layout(layout),
-        *_pointers(packets),
-        out_TH.shape[0],
+        at.struct,
+        *_pointers(packets_RTB),
+        shape[0],
         out_TH.data_ptr(),
-        out_TH.stride(0),
+        out_TH.stride()[0],
         *_rows(scale_RH),
         *_rows(minimum_RH),
-        _pointer(outlier_index),
+        None if outlier_index is None else outlier_index.data_ptr(),
         0,
     )
-    _raise(status, outlier_index)
+    if status:
+        _raise(status, outlier_index)
 
 
 def requantize(
@@ -131,26 +157,35 @@ def requantize(
     gather_minimum: Tensor | None = None,
 ) -> None:
     """See `reference.requantize`. Also ValueError for indices that are not ascending within 0..H-1."""
-    packets = check_requantize(
-        packets_RTB, layout, packet_TB, gather_layout, scale_RH, body_index, outlier_index, minimum_RH,
-        gather_inverse_scale, gather_body_index, gather_outlier_index, gather_minimum,
-    )  # fmt: skip
-    _demand_cpu(packet_TB)
+    at, to, shape = c_layout(layout), c_layout(gather_layout), packet_TB.shape
+    if not (
+        len(shape) == 2
+        and at.features == to.features
+        and _fits(packet_TB, (shape[0], to.row_nbytes), _UINT8)
+        and _static_fit(to, gather_inverse_scale, gather_body_index, gather_outlier_index, gather_minimum)
+        and _packets_fit(at, shape[0], packets_RTB, scale_RH, body_index, outlier_index, minimum_RH)
+    ):
+        check_requantize(
+            packets_RTB, layout, packet_TB, gather_layout, scale_RH, body_index, outlier_index, minimum_RH,
+            gather_inverse_scale, gather_body_index, gather_outlier_index, gather_minimum,
+        )  # fmt: skip
+        _demand_cpu(packet_TB)
     status = library().lowbit_requantize(
-        c_layout(layout),
-        *_pointers(packets),
-        packet_TB.shape[0],
+        at.struct,
+        *_pointers(packets_RTB),
+        shape[0],
         *_rows(scale_RH),
         *_rows(minimum_RH),
-        _pointer(outlier_index),
-        c_layout(gather_layout),
+        None if outlier_index is None else outlier_index.data_ptr(),
+        to.struct,
         packet_TB.data_ptr(),
-        packet_TB.stride(0),
-        _pointer(gather_inverse_scale),
-        _pointer(gather_minimum),
-        _pointer(gather_outlier_index),
+        packet_TB.stride()[0],
+        None if gather_inverse_scale is None else gather_inverse_scale.data_ptr(),
+        None if gather_minimum is None else gather_minimum.data_ptr(),
+        None if gather_outlier_index is None else gather_outlier_index.data_ptr(),
     )
-    _raise(status, outlier_index, gather_outlier_index)
+    if status:
+        _raise(status, outlier_index, gather_outlier_index)
 
 
 def decode_add_norm(
@@ -180,19 +215,72 @@ def decode_add_norm(
     normed_TH.copy_(torch.nn.functional.rms_norm(residual_TH, weight_H.shape, weight_H, eps))
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _fits(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether it is what the C functions take. Where not, `checks.py` knows better, and what to say."""
+    return tensor.dtype is dtype and tensor.is_cpu and tensor.shape == shape and tensor.stride()[-1] == 1
+
+
+def _side_fits(tensor: Tensor | None, shape: tuple[int, ...] | None, dtype: torch.dtype) -> bool:
+    if tensor is None or shape is None:
+        return tensor is None and shape is None
+    return _fits(tensor, shape, dtype)
+
+
+def _static_fit(
+    at: CLayout,
+    scale: Tensor | None,
+    body_index: Tensor | None,
+    outlier_index: Tensor | None,
+    minimum: Tensor | None,
+) -> bool:
+    return (
+        _side_fits(scale, at.static, _FP32)
+        and _side_fits(body_index, at.body_index, _INT64)
+        and _side_fits(outlier_index, at.outlier_index, _INT64)
+        and _side_fits(minimum, at.minimum, _FP32)
+    )
+
+
+def _packets_fit(
+    at: CLayout,
+    tokens: int,
+    packets_RTB: Tensor | Sequence[Tensor],
+    scale_RH: Tensor | None,
+    body_index: Tensor | None,
+    outlier_index: Tensor | None,
+    minimum_RH: Tensor | None,
+) -> bool:
+    shape, ranks = (tokens, at.row_nbytes), len(packets_RTB)
+    if isinstance(packets_RTB, Tensor):
+        fit = _fits(packets_RTB, (ranks, *shape), _UINT8)
+    else:
+        fit = all([_fits(packet_TB, shape, _UINT8) for packet_TB in packets_RTB])
+    return (
+        fit
+        and ranks > 0
+        and _side_fits(scale_RH, at.static and (ranks, *at.static), _FP32)
+        and _side_fits(body_index, at.body_index, _INT64)
+        and _side_fits(outlier_index, at.outlier_index, _INT64)
+        and _side_fits(minimum_RH, at.minimum and (ranks, *at.minimum), _FP32)
+    )
 
 
 def _rows(tensor_RH: Tensor | None) -> tuple[int | None, int]:
     """First row and the distance between rows."""
-    return (None, 0) if tensor_RH is None else (tensor_RH.data_ptr(), tensor_RH.stride(0))
+    return (None, 0) if tensor_RH is None else (tensor_RH.data_ptr(), tensor_RH.stride()[0])
 
 
-def _pointers(packets: list[Tensor]) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int64], int]:
-    ranks = len(packets)
-    starts = (ctypes.c_void_p * ranks)(*[packet_TB.data_ptr() for packet_TB in packets])
-    return starts, (ctypes.c_int64 * ranks)(*[packet_TB.stride(0) for packet_TB in packets]), ranks
+def _pointers(packets_RTB: Tensor | Sequence[Tensor]) -> tuple[bytes, bytes, int]:
+    """R addresses and R distances between rows, as C arrays of 64-bit integers, and R."""
+    ranks = len(packets_RTB)
+    if isinstance(packets_RTB, Tensor):
+        start, (packet_nbytes, row_nbytes, _) = packets_RTB.data_ptr(), packets_RTB.stride()
+        starts = [start + rank * packet_nbytes for rank in range(ranks)]
+        strides = [row_nbytes] * ranks
+    else:
+        starts = [packet_TB.data_ptr() for packet_TB in packets_RTB]
+        strides = [packet_TB.stride()[0] for packet_TB in packets_RTB]
+    return struct.pack(f"={ranks}Q", *starts), struct.pack(f"={ranks}q", *strides), ranks
 
 
 def _demand_cpu(tensor: Tensor) -> None:

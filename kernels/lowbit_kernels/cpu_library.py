@@ -19,16 +19,33 @@ _NUMBERS = (
 _MOST_PLANES = 3
 
 
-@functools.lru_cache(maxsize=256)
-def c_layout(layout: PacketLayout) -> ctypes.Array[ctypes.c_int64]:
-    """`layout` as the C functions take it. Filling it in takes longer than encoding a short row."""
-    numbers = [layout.features, layout.bits, layout.group_size, layout.outliers, _VALUES.index(layout.values)]
-    numbers += [_SCALE_FORMATS.index(layout.scale_format), layout.asymmetric, layout.prescaled]
-    numbers += [getattr(layout, field) for field in _NUMBERS]
-    numbers.append(len(layout.planes))
-    for planes in (layout.planes, layout.plane_offsets):
-        numbers += [*planes, *[0] * (_MOST_PLANES - len(planes))]
-    return (ctypes.c_int64 * len(numbers))(*numbers)
+class CLayout:
+    """A layout as the C functions take it, and the shapes of what goes with it, as `checks.py` wants them.
+
+    Asking the layout for them takes longer than encoding a short row.
+
+    struct: `Layout` of csrc/rows.h. static, minimum, body_index, outlier_index: None where of no use to the layout.
+    """
+
+    __slots__ = ("body_index", "features", "minimum", "outlier_index", "row_nbytes", "static", "struct")
+
+    def __init__(self, layout: PacketLayout) -> None:
+        numbers = [layout.features, layout.bits, layout.group_size, layout.outliers, _VALUES.index(layout.values)]
+        numbers += [_SCALE_FORMATS.index(layout.scale_format), layout.asymmetric, layout.prescaled]
+        numbers += [getattr(layout, field) for field in _NUMBERS]
+        numbers.append(len(layout.planes))
+        for planes in (layout.planes, layout.plane_offsets):
+            numbers += [*planes, *[0] * (_MOST_PLANES - len(planes))]
+        self.struct = (ctypes.c_int64 * len(numbers))(*numbers)
+        self.features = layout.features
+        self.row_nbytes = layout.row_nbytes
+        self.static = (layout.body,) if layout.needs_static else None
+        self.minimum = (layout.body,) if layout.needs_minimum else None
+        self.body_index = (layout.body,) if layout.outliers else None
+        self.outlier_index = (layout.outliers,) if layout.outliers else None
+
+
+c_layout = functools.lru_cache(maxsize=256)(CLayout)
 
 
 @functools.cache

@@ -6,7 +6,7 @@
 #ifndef LOWBIT_AVX512_H
 #define LOWBIT_AVX512_H
 
-#include "rows.h"
+#include "formats.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAS_AVX512 1
@@ -48,11 +48,39 @@ INLINE void plan_body(Body *body, const Layout *at, const int64_t *outlier_index
 VECTOR __mmask16 first16(int64_t n) { return (__mmask16)(n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1); }
 VECTOR __mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
 
-/* 16 values of a row of fp32 or bf16, from value i on. */
-VECTOR __m512 load16(const uint8_t *row, int64_t i, int is_bf16) {
-    if (!is_bf16) return _mm512_loadu_ps(row + 4 * i);
-    __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(row + 2 * i)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+/* Two vectors of numbers of the body, fp32, in order: those of features i to i + 32 in their places, the rest 0, or, where
+ * there are no outliers, numbers i to i + 32. Reads none from the n-th on. */
+VECTOR void body32(const float *numbers, const Body *body, int64_t i, int64_t n, __m512i v[2]) {
+    if (!body->mask) {
+        for (int k = 0; k < 2; k++) {
+            const int64_t at = i + 16 * k;
+            v[k] = at + 16 <= n ? _mm512_loadu_si512(numbers + at) : _mm512_maskz_loadu_epi32(first16(n - at), numbers + at);
+        }
+        return;
+    }
+    const uint64_t mask = body->mask[i / BLOCK];
+    int64_t at = body->before[i / BLOCK] + (i % BLOCK ? (int64_t)_mm_popcnt_u64(mask & 0xFFFFFFFF) : 0);
+    for (int k = 0; k < 2; k++) {
+        const __mmask16 here = (__mmask16)(mask >> (i % BLOCK + 16 * k));
+        v[k] = at + 16 <= n ? _mm512_loadu_si512(numbers + at) : _mm512_maskz_loadu_epi32(first16(n - at), numbers + at);
+        v[k] = _mm512_maskz_expand_epi32(here, v[k]);
+        at += (int64_t)_mm_popcnt_u32(here);
+    }
+}
+
+/* Tables, filled when the library is loaded: bf16 values of e4m3 without the sign, low bytes, then high ones; see
+ * `words32` for that of e2m1. */
+static uint8_t e4m3_bytes[2][128], e2m1_codes[128];
+
+__attribute__((constructor)) static void fill_tables(void) {
+    for (uint32_t code = 0; code < 128; code++) {
+        uint32_t bits = as_bits(small_float_value(code, AS_E4M3));
+        e4m3_bytes[0][code] = (uint8_t)(bits >> 16), e4m3_bytes[1][code] = (uint8_t)(bits >> 24);
+    }
+    for (int sum = -64; sum < 64; sum++) {
+        uint32_t code = small_float_code((float)sum / 8.0f, AS_E2M1);
+        e2m1_codes[sum & 127] = (uint8_t)(code == 8 ? 0 : code);
+    }
 }
 
 /* 64 codes, one to a byte, to one plane; `tail` is how many of them there are. */
@@ -113,16 +141,18 @@ VECTOR __m512i unpack_plane64(const uint8_t *from, int64_t tail, int width, int 
     return _mm512_maskz_mov_epi8(bits, _mm512_set1_epi8((char)(1 << shift)));
 }
 
-/* The planes of a packet row to codes, one to a byte; some block of codes behind the n is written too. */
-VECTOR void unpack_row(uint8_t *codes, const uint8_t *row, const Layout *at, const int bits) {
+/* The planes of a packet row to codes, one to a byte, and to the end of a block; two's complement becomes that of bytes
+ * where `is_signed`. */
+VECTOR void unpack_row(uint8_t *codes, const uint8_t *row, const Layout *at, int is_signed, const int bits) {
     const int64_t n = at->body;
     const uint8_t *p0 = row, *p1 = row + at->plane_offsets[1], *p2 = row + at->plane_offsets[2];
     const int w0 = bits >= 8 ? 8 : bits >= 4 ? 4 : 2, w1 = bits == 6 || bits == 7 ? 2 : 1;
-    for (int64_t i = 0; i < n; i += BLOCK) {
+    const __m512i sign = _mm512_set1_epi8((char)(is_signed ? 1 << (bits - 1) : 0));
+    for (int64_t i = 0; i < n; i += BLOCK, codes += BLOCK) {
         __m512i block = unpack_plane64(p0 + i * w0 / 8, n - i, w0, 0);
         if (bits != w0) block = _mm512_or_si512(block, unpack_plane64(p1 + i * w1 / 8, n - i, w1, w0));
         if (bits == 7) block = _mm512_or_si512(block, unpack_plane64(p2 + i / 8, n - i, 1, 6));
-        _mm512_storeu_si512(codes + i, block);
+        _mm512_storeu_si512(codes, _mm512_sub_epi8(_mm512_xor_si512(block, sign), sign));
     }
 }
 

@@ -1,28 +1,13 @@
-/* Decoding rows with AVX-512: the functions of avx512_decode.h for every kind of layout, put together. */
+/* Decoding rows with AVX-512, put together: codes to bytes, scales, sums, outliers. See avx512_sums.h. */
 #ifndef LOWBIT_AVX512_ROWS_H
 #define LOWBIT_AVX512_ROWS_H
 
-#include "avx512_decode.h"
+#include "avx512_sums.h"
+#include "moves.h"
 
 #ifdef HAS_AVX512
 
-/* One function for each kind of scales, so that each is compiled on its own. */
-#define SUM_CODES(scales) \
-    AVX512 static void sum_codes_##scales(const Decode512 *plan, float *out, int add) { \
-        switch (plan->table_kind) { \
-        case OF_4_BITS: sum_codes(plan, out, add, OF_4_BITS, scales); break; \
-        case OF_6_BITS: sum_codes(plan, out, add, OF_6_BITS, scales); break; \
-        case OF_7_BITS: sum_codes(plan, out, add, OF_7_BITS, scales); break; \
-        case OF_8_BITS: sum_codes(plan, out, add, OF_8_BITS, scales); break; \
-        default: sum_codes(plan, out, add, WITH_SIGN, scales); \
-        } \
-    }
-SUM_CODES(EACH_BF16)
-SUM_CODES(EACH_FP32)
-SUM_CODES(GROUPS_OF_16)
-SUM_CODES(GROUPS_OF_32)
-SUM_CODES(GROUPS_OF_64)
-
+/* Sums of the body to the places of their features. */
 VECTOR void spread_sums(float *out, const float *sum, const Body *body, int64_t H, int add) {
     for (int64_t b = 0; b < blocks_of(H); b++) {
         const float *from = sum + body->before[b];
@@ -30,18 +15,15 @@ VECTOR void spread_sums(float *out, const float *sum, const Body *body, int64_t 
         for (int k = 0; k < 4; k++, mask >>= 16) {
             float *to = out + BLOCK * b + 16 * k;
             __m512 v = _mm512_maskz_expand_ps((__mmask16)mask, _mm512_loadu_ps(from));
-            if (add) {
-                v = _mm512_add_ps(_mm512_maskz_loadu_ps((__mmask16)mask, to), v);
-                __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-                v = _mm512_mask_mov_ps(v, nan, _mm512_castsi512_ps(_mm512_set1_epi32((int)NAN_BITS)));
-            }
+            if (add) v = one_nan512(_mm512_add_ps(_mm512_maskz_loadu_ps((__mmask16)mask, to), v));
             _mm512_mask_storeu_ps(to, (__mmask16)mask, v);
-            from += __builtin_popcount((uint32_t)mask & 0xFFFF);
+            from += _mm_popcnt_u32((uint32_t)mask & 0xFFFF);
         }
     }
 }
 
-AVX512 static void repeat_groups(float *to, const float *of_group, const Layout *at) {
+/* Numbers of groups to all their values. */
+VECTOR void repeat_groups(float *to, const float *of_group, const Layout *at) {
     for (int64_t g = 0, start = 0; g < at->groups; g++, start += at->group_size) {
         const __m512 number = _mm512_set1_ps(of_group[g]);
         const int64_t stop = least(start + at->group_size, at->body);
@@ -49,32 +31,100 @@ AVX512 static void repeat_groups(float *to, const float *of_group, const Layout 
     }
 }
 
-/* Write the sum of R packet rows into a row of out, or add that of one: the body only. */
-AVX512 static void decode_row512(Decode512 *plan, const uint8_t *const *rows, float *out, int add) {
+VECTOR int all_small(const float *restrict numbers, int64_t n) {
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < n; i++) bits |= as_bits(numbers[i]);
+    return (bits & EXPONENT) < 192u << 23;
+}
+
+VECTOR void read_e4m3_scales(const Layout *at, const uint8_t *row, float *scale) {
+    const __m512 row_scale = _mm512_set1_ps(bf16_value(load_u16(row + at->row_scale_offset)));
+    __m512i table[4];
+    load_e4m3(table);
+    for (int64_t g = 0; g < at->groups; g += BLOCK) {
+        __m512 v[4];
+        e4m3_values(_mm512_maskz_loadu_epi8(first64(at->groups - g), row + at->scales_offset + g), table, v);
+        for (int k = 0; k < 4; k++) _mm512_storeu_ps(scale + g + 16 * k, _mm512_mul_ps(v[k], row_scale));
+    }
+}
+
+/* Scales of the groups of a row of one rank. Returns whether they are small, see `tame`. */
+AVX512 static int read_groups(const Decode512 *plan, const Rank512 *rank, const uint8_t *row) {
     const Layout *at = plan->at;
+    const int each = plan->scales == EACH_FP32;
+    float *scale = each ? plan->group : rank->scale, *minimum = each ? plan->group_minimum : rank->minimum;
+    if (at->scale_format == SCALE_E4M3) read_e4m3_scales(at, row, scale);
+    else read_group_sides(at, row, 0, scale, minimum);
+    if (each) repeat_groups(rank->scale, scale, at);
+    if (each && at->asymmetric) repeat_groups(rank->minimum, minimum, at);
+    return all_small(scale, at->groups) && (!at->asymmetric || all_small(minimum, at->groups));
+}
+
+/* Codes of one rank's row: those that are whole bytes, and nibbles, stay where they are, but for the end of a row of
+ * groups. */
+VECTOR void read_codes(const Decode512 *plan, int64_t index, const uint8_t *row) {
+    const Layout *at = plan->at;
+    const int64_t left = at->body % BLOCK;
+    plan->rank[index].codes = row;
+    if (at->bits != 4 && at->bits != 8) {
+        uint8_t *codes = plan->codes + index * plan->codes_nbytes;
+        FOR_BITS(at->bits, unpack_row(codes, row, at, !at->asymmetric, BITS));
+        plan->rank[index].codes = codes;
+    }
+    if (at->bits != 4 && at->group_size && left)
+        memcpy(plan->tail + BLOCK * index, plan->rank[index].codes + at->body - left, (size_t)left);
+}
+
+/* Rows t to t + T of R packets. */
+typedef struct {
+    const uint8_t *const *packets;
+    const int64_t *row_nbytes;
+    int64_t t, T;
+} Packets;
+
+/* Sums with static scales, of several rows at once: of so many that sums and scales fit in registers. */
+AVX512 static void decode_static512(Decode512 *plan, const Packets *from, float *out, int64_t out_row_values, int add) {
+    const int64_t R = plan->R;
+    for (int64_t t = 0, count; t < from->T; t += count) {
+        count = from->T - t < 2 ? 1 : R > 1 ? 2 : from->T - t < TOGETHER ? 1 : TOGETHER;
+        for (int64_t q = 0; q < count; q++)
+            for (int64_t r = 0; r < R; r++)
+                read_codes(plan, q * R + r, from->packets[r] + (from->t + t + q) * from->row_nbytes[r]);
+        const Out to = {out + t * out_row_values, out_row_values, plan->at->features, add, !plan->tame || add,
+                        add ? plan->body.mask : 0};
+        if (count == TOGETHER) decode_static_of_four(plan, &to);
+        else if (count == 2) sum_static_of_two(plan, &to);
+        else sum_static(plan, &to);
+    }
+}
+
+/* One row of sums with scales of groups. */
+AVX512 static void decode_groups512(Decode512 *plan, const uint8_t *const *rows, float *out, int add) {
+    const Layout *at = plan->at;
+    int tame = plan->tame && !add;
     for (int64_t r = 0; r < plan->R; r++) {
-        Rank512 *rank = &plan->rank[r];
-        FOR_BITS(at->bits, unpack_row((uint8_t *)rank->codes, rows[r], at, BITS));
-        if (!at->group_size) continue;
-        if (plan->scales != EACH_FP32) {
-            read_group_sides(at, rows[r], plan->e4m3, rank->scale, rank->minimum);
-        } else {
-            read_group_sides(at, rows[r], plan->e4m3, plan->group, plan->group_minimum);
-            repeat_groups(rank->scale, plan->group, at);
-            if (at->asymmetric) repeat_groups(rank->minimum, plan->group_minimum, at);
-        }
+        read_codes(plan, r, rows[r]);
+        tame &= read_groups(plan, &plan->rank[r], rows[r]);
     }
-    const int in_body_order = at->group_size && at->outliers;
-    float *to = in_body_order ? plan->sum : out;
-    const int add_here = add && !in_body_order;
+    const Out to = {at->outliers ? plan->sum : out, 0, at->body, add && !at->outliers, !tame, 0};
     switch (plan->scales) {
-    case EACH_BF16: sum_codes_EACH_BF16(plan, to, add_here); break;
-    case EACH_FP32: sum_codes_EACH_FP32(plan, to, add_here); break;
-    case GROUPS_OF_16: sum_codes_GROUPS_OF_16(plan, to, add_here); break;
-    case GROUPS_OF_32: sum_codes_GROUPS_OF_32(plan, to, add_here); break;
-    default: sum_codes_GROUPS_OF_64(plan, to, add_here);
+    case EACH_FP32: sum_groups_EACH_FP32(plan, &to); break;
+    case GROUPS_OF_16: sum_groups_GROUPS_OF_16(plan, &to); break;
+    case GROUPS_OF_32: sum_groups_GROUPS_OF_32(plan, &to); break;
+    default: sum_groups_GROUPS_OF_64(plan, &to);
     }
-    if (in_body_order) spread_sums(out, plan->sum, &plan->body, at->features, add);
+    if (at->outliers) spread_sums(out, plan->sum, &plan->body, at->features, add);
+}
+
+/* Write sums of R packet rows into rows of out, or add those of one packet. `rows`: room for R pointers. */
+AVX512 static void decode_rows512(Decode512 *plan, const Packets *from, const uint8_t **rows, float *out,
+                                  int64_t out_row_values, int add) {
+    if (!plan->at->group_size) decode_static512(plan, from, out, out_row_values, add);
+    for (int64_t t = 0; t < from->T; t++) {
+        for (int64_t r = 0; r < plan->R; r++) rows[r] = from->packets[r] + (from->t + t) * from->row_nbytes[r];
+        if (plan->at->group_size) decode_groups512(plan, rows, out + t * out_row_values, add);
+        add_outliers(plan->at, out + t * out_row_values, rows, plan->R, add, plan->outlier_index);
+    }
 }
 
 #endif

@@ -68,17 +68,28 @@ static void plan_encoder(Encoder *encoder, const Layout *at, Static with, int is
 #endif
 }
 
-static void run_encoder(Encoder *encoder, const uint8_t *x, uint8_t *packet) {
-    const Layout *at = encoder->plain.at;
+/* Encode T rows. */
+static void run_encoder(Encoder *encoder, const uint8_t *x, int64_t x_row_nbytes, uint8_t *packet,
+                        int64_t packet_row_nbytes, int64_t T) {
 #ifdef HAS_AVX512
-    if (encoder->fast && encode_row512(&encoder->wide, x, packet)) {
-        clear_gaps(at, packet);
-        store_outliers(at, packet, x, encoder->plain.is_bf16, encoder->plain.with.outlier_index);
-        return;
+    for (int64_t t = 0; encoder->fast && t < T;) {
+        const Rows rows = {x + t * x_row_nbytes, packet + t * packet_row_nbytes, T - t >= TOGETHER ? TOGETHER : 1,
+                           x_row_nbytes, packet_row_nbytes};
+        const int failed = encode_rows512(&encoder->wide, &rows);
+        for (int64_t q = 0; q < rows.count; q++, t++) {
+            const uint8_t *from = rows.from + q * x_row_nbytes;
+            uint8_t *to = rows.to + q * packet_row_nbytes;
+            if (failed >> q & 1) {
+                encode_plain(&encoder->plain, from, to);
+            } else {
+                finish512(&encoder->wide, to, from);
+            }
+        }
     }
+    if (encoder->fast) return;
 #endif
-    (void)at;
-    encode_plain(&encoder->plain, x, packet);
+    for (int64_t t = 0; t < T; t++)
+        encode_plain(&encoder->plain, x + t * x_row_nbytes, packet + t * packet_row_nbytes);
 }
 
 typedef struct {
@@ -97,18 +108,23 @@ static void plan_decoder(Decoder *decoder, const Layout *at, Static with, int64_
 #ifdef HAS_AVX512
     if (decoder->fast) decoder->fast = plan_decode512(&decoder->wide, at, with, R, from);
 #endif
+    if (from->base && !decoder->fast) fill_decode_tables(&decoder->plain);
 }
 
-static void run_decoder(Decoder *decoder, float *out, int add) {
+/* Decode rows t to t + T of R packets. */
+static void run_decoder(Decoder *decoder, const uint8_t *const *packets, const int64_t *packet_row_nbytes, int64_t t,
+                        int64_t T, float *out, int64_t out_row_values, int add) {
 #ifdef HAS_AVX512
     if (decoder->fast) {
-        const DecodePlan *plain = &decoder->plain;
-        decode_row512(&decoder->wide, decoder->rows, out, add);
-        add_outliers(plain->at, out, decoder->rows, plain->R, add, plain->with.outlier_index);
+        const Packets from = {packets, packet_row_nbytes, t, T};
+        decode_rows512(&decoder->wide, &from, decoder->rows, out, out_row_values, add);
         return;
     }
 #endif
-    decode_plain(&decoder->plain, decoder->rows, out, add);
+    for (const int64_t stop = t + T; t < stop; t++, out += out_row_values) {
+        for (int64_t r = 0; r < decoder->plain.R; r++) decoder->rows[r] = packets[r] + t * packet_row_nbytes[r];
+        decode_plain(&decoder->plain, decoder->rows, out, add);
+    }
 }
 
 /* Room for what the arena counted, which starts over in it. Freed by the caller through `room`. */
@@ -131,7 +147,7 @@ EXPORT int lowbit_encode(const Layout *at, const uint8_t *x, int64_t x_row_nbyte
     plan_encoder(&encoder, at, with, is_bf16, &arena);
     if (!allocate(&arena, &room)) return NO_MEMORY;
     plan_encoder(&encoder, at, with, is_bf16, &arena);
-    for (int64_t t = 0; t < T; t++) run_encoder(&encoder, x + t * x_row_nbytes, packet + t * packet_row_nbytes);
+    run_encoder(&encoder, x, x_row_nbytes, packet, packet_row_nbytes, T);
     free(room);
     return DONE;
 }
@@ -150,10 +166,7 @@ EXPORT int lowbit_decode_sum(const Layout *at, const uint8_t *const *packets, co
     plan_decoder(&decoder, at, with, R, &arena);
     if (!allocate(&arena, &room)) return NO_MEMORY;
     plan_decoder(&decoder, at, with, R, &arena);
-    for (int64_t t = 0; t < T; t++) {
-        for (int64_t r = 0; r < R; r++) decoder.rows[r] = packets[r] + t * packet_row_nbytes[r];
-        run_decoder(&decoder, out + t * out_row_values, add);
-    }
+    run_decoder(&decoder, packets, packet_row_nbytes, 0, T, out, out_row_values, add);
     free(room);
     return DONE;
 }
@@ -185,9 +198,8 @@ EXPORT int lowbit_requantize(const Layout *at, const uint8_t *const *packets, co
     plan_decoder(&decoder, at, with, R, &arena), plan_encoder(&encoder, gather, gather_with, 0, &arena);
     float *sum = take(&arena, at->features, 4);
     for (int64_t t = 0; t < T; t++) {
-        for (int64_t r = 0; r < R; r++) decoder.rows[r] = packets[r] + t * packet_row_nbytes[r];
-        run_decoder(&decoder, sum, 0);
-        run_encoder(&encoder, (const uint8_t *)sum, packet + t * to_row_nbytes);
+        run_decoder(&decoder, packets, packet_row_nbytes, t, 1, sum, 0, 0);
+        run_encoder(&encoder, (const uint8_t *)sum, 0, packet + t * to_row_nbytes, 0, 1);
     }
     free(room);
     return DONE;

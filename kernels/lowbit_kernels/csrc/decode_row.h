@@ -25,8 +25,11 @@ INLINE void plan_decode(DecodePlan *plan, const Layout *at, Static with, int64_t
     plan->codes = take(from, H, 1), plan->values = take(from, H, 4);
     plan->sum = take(from, H, 4), plan->full = take(from, H, 4);
     plan->scale = take(from, G, 4), plan->minimum = take(from, G, 4);
-    if (!from->base || at->bits > 8) return;
-    code_values(plan->table, at);
+}
+
+INLINE void fill_decode_tables(DecodePlan *plan) {
+    const Layout *at = plan->at;
+    if (at->bits <= 8) code_values(plan->table, at);
     for (uint32_t code = 0; at->scale_format == SCALE_E4M3 && code < 256; code++)
         plan->e4m3[code] = small_float_value(code, AS_E4M3);
 }

@@ -93,13 +93,14 @@ INLINE int peak_is_signed(const Layout *at) {
  * cannot hold the minimum. Returns whether it can everywhere. */
 INLINE int group_minimums(const Layout *at, float *restrict peak, float *restrict lowest, uint8_t *restrict packet) {
     const float share = step_of_peak(at);
-    uint32_t largest = 0;
+    int32_t largest = 0;
     for (int64_t g = 0; g < at->groups; g++) {
-        uint16_t bits = bf16_bits(as_bits(lowest[g]));
-        bits = as_bits(peak[g]) << 1 > EXPONENT << 1 || (bits & 0x7FFF) >= 0x7F80 ? NAN_BF16 : bits == 0x8000 ? 0 : bits;
-        largest = largest > (bits & 0x7FFFu) ? largest : bits & 0x7FFFu;
-        store_u16(packet + at->minimums_offset + 2 * g, bits);
-        lowest[g] = bf16_value(bits);
+        int32_t low = bf16_bits(as_bits(lowest[g])), exponent = low & 0x7F80;
+        low = low == 0x8000 ? 0 : low;
+        low = exponent == 0x7F80 || peak[g] != peak[g] ? NAN_BF16 : low;
+        largest = largest > exponent ? largest : exponent;
+        store_u16(packet + at->minimums_offset + 2 * g, (uint16_t)low);
+        lowest[g] = as_float((uint32_t)low << 16);
         float wanted = peak[g] * share - lowest[g] * share;
         peak[g] = as_float(as_bits(wanted) & ~SIGN);
     }
@@ -129,12 +130,13 @@ INLINE void group_scales(const Layout *at, const float *restrict peak, float *re
             inverse[g] = 1.0f / as_float((uint32_t)byte << 23);
         }
     } else {
-        uint32_t largest = 0;
+        int32_t largest = 0;
         for (int64_t g = 0; g < G; g++) {
-            uint32_t wanted = as_bits(peak[g] * factor) & ~SIGN;
-            largest = wanted <= EXPONENT && wanted > largest ? wanted : largest;
+            int32_t wanted = (int32_t)(as_bits(peak[g] * factor) & ~SIGN);
+            wanted = wanted > (int32_t)EXPONENT ? 0 : wanted;
+            largest = wanted > largest ? wanted : largest;
         }
-        uint16_t row_bits = raised(bf16_bits(as_bits(as_float(largest) * (float)(1.0 / 448))));
+        uint16_t row_bits = raised(bf16_bits(as_bits(as_float((uint32_t)largest) * (float)(1.0 / 448))));
         store_u16(packet + at->row_scale_offset, row_bits);
         const float row_scale = bf16_value(row_bits), row_inverse = 1.0f / row_scale;
         for (int64_t g = 0; g < G; g++) {

@@ -105,23 +105,33 @@ INLINE void clear_gaps(const Layout *at, uint8_t *packet) {
     memset(packet + at->scales_end, 0, (size_t)(at->minimums_offset - at->scales_end));
 }
 
-/* Outliers of a row to their section. */
+/* Outliers of a row to their section: first as they are, then, without gaps between them, to bf16 with one NaN. */
 INLINE void store_outliers(const Layout *at, uint8_t *restrict packet, const uint8_t *restrict x, int is_bf16,
                            const int64_t *outlier_index) {
-    uint8_t *to = packet + at->outliers_offset;
-    for (int64_t k = 0; k < at->outliers; k++, to += 2)
-        store_u16(to, bf16_bits(element_bits(x, outlier_index[k], is_bf16)));
+    for (int64_t start = 0; start < at->outliers; start += BLOCK) {
+        const int64_t count = least(BLOCK, at->outliers - start), *restrict index = outlier_index + start;
+        uint8_t *restrict to = packet + at->outliers_offset + 2 * start;
+        uint32_t bits[BLOCK];
+        if (is_bf16) for (int64_t k = 0; k < count; k++) bits[k] = (uint32_t)load_u16(x + 2 * index[k]) << 16;
+        else for (int64_t k = 0; k < count; k++) bits[k] = load_u32(x + 4 * index[k]);
+        for (int64_t k = 0; k < count; k++) store_u16(to + 2 * k, bf16_bits(bits[k]));
+    }
 }
 
 /* Outliers of R packets, added in order, to their places; added to what is there where `add`. */
 INLINE void add_outliers(const Layout *at, float *restrict out, const uint8_t *const *rows, int64_t R, int add,
                          const int64_t *outlier_index) {
-    for (int64_t k = 0; k < at->outliers; k++) {
-        const int64_t offset = at->outliers_offset + 2 * k;
-        float sum = bf16_value(load_u16(rows[0] + offset));
-        if (add) sum = out[outlier_index[k]] + sum;
-        for (int64_t r = 1; r < R; r++) sum += bf16_value(load_u16(rows[r] + offset));
-        out[outlier_index[k]] = one_nan(sum);
+    for (int64_t start = 0; start < at->outliers; start += BLOCK) {
+        const int64_t count = least(BLOCK, at->outliers - start), *restrict index = outlier_index + start;
+        float sum[BLOCK];
+        if (add) for (int64_t k = 0; k < count; k++) sum[k] = out[index[k]];
+        for (int64_t r = 0; r < R; r++) {
+            const uint8_t *restrict from = rows[r] + at->outliers_offset + 2 * start;
+            if (r || add) for (int64_t k = 0; k < count; k++) sum[k] += bf16_value(load_u16(from + 2 * k));
+            else for (int64_t k = 0; k < count; k++) sum[k] = bf16_value(load_u16(from + 2 * k));
+        }
+        for (int64_t k = 0; k < count; k++) sum[k] = one_nan(sum[k]);
+        for (int64_t k = 0; k < count; k++) out[index[k]] = sum[k];
     }
 }
 

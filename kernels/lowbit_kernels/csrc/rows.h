@@ -34,7 +34,8 @@
 
 enum { INTEGER, E4M3, E2M1 };                /* Layout.values */
 enum { SCALE_BF16, SCALE_E4M3, SCALE_E8M0 }; /* Layout.scale_format */
-enum { BLOCK = 64 };                         /* values; scratch rows have this many to spare behind their end */
+enum { BLOCK = 64 };   /* values; scratch rows have this many to spare behind their end */
+enum { TOGETHER = 4 }; /* rows that are worked on together, so that static numbers are read once for all of them */
 
 /* PacketLayout with its properties, field by field as cpu.py fills them in: layout.py alone does the arithmetic. */
 typedef struct {
