@@ -69,20 +69,17 @@ def main() -> None:
             draw(axes, rows, f"{SCHEME}, policy", f"TP={tp}, policy", colour, dashed=False)
             draw(axes, rows, SCHEME, f"TP={tp}, two-stage forced", colour, dashed=True)
         axes.axhline(1.0, color="#555555", linewidth=1)
-        axes.axhline(CEILING, color="#999999", linewidth=1, linestyle=":")
+        axes.axhline(CEILING, color="#777777", linewidth=1, linestyle=":", label="ceiling of the bytes, 3.82x")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axes.set_xticks([8, 32, 128, 512, 2048, 8192], ["8", "32", "128", "512", "2 Mi", "8 Mi"])
         axes.set_title(f"link: {link}", fontsize=10)
-        axes.set_xlabel("message as 16-bit values, KiB")
+        axes.set_xlabel("message as 16-bit values, KiB (Mi: MiB)")
         axes.grid(True, alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     panels[0][0].set_ylabel(f"{SCHEME}: times as fast as torch's all-reduce")
-    panels[0][0].annotate(
-        "ceiling of the bytes, 3.82x", (0.02, CEILING), xycoords=("axes fraction", "data"), fontsize=7, va="bottom",
-        color="#777777",
-    )  # fmt: skip
     panels[0][-1].legend(fontsize=8, frameon=False)
     figure.tight_layout()
     with replacing(args.out) as beside:
