@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,21 +43,30 @@ DRY_SIZES = Sizes(hidden=256, large_tokens=8, small_tokens=(1, 4), rounds=2, lau
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--rows", required=True, type=Path, help="file the rows are appended to")
+    parser.add_argument("--format", required=True, action="append", choices=FORMATS)
+    parser.add_argument("--rows", type=Path, help="file the rows are appended to")
+    parser.add_argument("--warm-up", action="store_true", help="only compile, all formats at the same time")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: not a measurement")
     args = parser.parse_args(argv)
+    if args.warm_up and len(args.format) > 1:
+        sys.exit(_warm_up_together(args.format, args.dry_run))
+    (name,) = args.format
     sizes = DRY_SIZES if args.dry_run else Sizes()
     device = torch.device("cpu" if args.dry_run else "cuda")
     module = get_backend("torch" if args.dry_run else "triton", device)
-    layout = layout_of(args.format, sizes.hidden)
+    layout = layout_of(name, sizes.hidden)
     Work(layout, 9, module, device, sets=1).check()
+    if args.warm_up:
+        for tokens in (sizes.large_tokens, *sizes.small_tokens):
+            for step in Work(layout, tokens, module, device, sets=1).steps():
+                step.run(0)
+        return
     with args.rows.open("a") as file:
 
         def report(kind: str, tokens: int, step: Step, ours_us: list[float], base_us: list[float]) -> None:
             ours, base = statistics.median(ours_us), statistics.median(base_us)
             row = {
-                "kind": kind, "format": args.format, "step": step.name, "tokens": tokens, "hidden": sizes.hidden,
+                "kind": kind, "format": name, "step": step.name, "tokens": tokens, "hidden": sizes.hidden,
                 "ranks_summed": RANKS if step.name in ("decode_sum", "requantize") else 1,
                 "nbytes": step.nbytes, "median_us": ours, "p10_us": _low(ours_us), "p90_us": _high(ours_us),
                 "base": "copy" if kind == "large" else "elementwise", "base_median_us": base,
@@ -64,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             }  # fmt: skip
             file.write(json.dumps(row) + "\n")
             file.flush()
-            print(f"{kind:5} {args.format:13} {step.name:16} T={tokens:<5} {ours:9.2f} us, {base:9.2f} us", flush=True)
+            print(f"{kind:5} {name:13} {step.name:16} T={tokens:<5} {ours:9.2f} us, {base:9.2f} us", flush=True)
 
         for step in Work(layout, sizes.large_tokens, module, device, sets=2).steps():
             copy = _copy(step.nbytes, device)
@@ -75,6 +86,13 @@ def main(argv: list[str] | None = None) -> None:
                 base = _graph(_elementwise(step.nbytes, device), sizes.launches, device)
                 total = _interleaved(ours, base, sizes.replays, device)
                 report("small", tokens, step, *([us / sizes.launches for us in each] for each in total))
+
+
+def _warm_up_together(formats: list[str], dry_run: bool) -> int:
+    """Triton compiles on one core for each process, and keeps what it has compiled for the next one."""
+    command = [sys.executable, "-m", "lowbit_tools.gpu_check_timing", "--warm-up", *(["--dry-run"] if dry_run else [])]
+    processes = [subprocess.Popen([*command, "--format", name]) for name in formats]
+    return max(process.wait() for process in processes)
 
 
 def _copy(nbytes: int, device: torch.device) -> Callable[[int], None]:
