@@ -3,9 +3,10 @@
     a pass = compute + sync points * one all-reduce + elsewhere
 
 compute: max(operations / rate, bytes of weights, keys and values / memory bandwidth), of the rank for which it is
-longest. one all-reduce: see `plan_collectives`. elsewhere: one latency and the embedding's rows (all ranks send the
-rows they hold, 16 bits in either case), and one latency for the best tokens. Not modelled: norms, activations' memory
-traffic, launches, and ranks that wait for each other.
+longest, plus an overhead a pass that more ranks do not shorten (launches, interpreter). one all-reduce: see
+`plan_collectives`. elsewhere: one latency and the embedding's rows (all ranks send the rows they hold, 16 bits in
+either case), and one latency for the best tokens. Not modelled: norms, activations' memory traffic, and ranks that wait
+for each other.
 """
 
 from __future__ import annotations
@@ -25,21 +26,23 @@ _CANDIDATE_NBYTES = 8
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank: operations a second, bytes a second from memory and through the codec, its link."""
+    """One rank: operations a second, bytes a second from memory and through the codec, its link, overhead of a pass."""
 
     flops: float
     memory_nbytes_per_s: float
     codec_nbytes_per_s: float
     link: Link
+    overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
         rates = (self.flops, self.memory_nbytes_per_s, self.codec_nbytes_per_s, self.link.nbytes_per_s)
-        if min(rates) <= 0 or self.link.latency_s < 0:
-            raise ValueError(f"machine {self}: rates must be above 0 and the latency at least 0")
+        if min(rates) <= 0 or min(self.link.latency_s, self.overhead_s) < 0:
+            raise ValueError(f"machine {self}: rates must be above 0, latency and overhead at least 0")
 
     def shared_by(self, count: float) -> Machine:
         """The same where `count` ranks share the processor that these rates are of; the link is not shared."""
-        return Machine(self.flops / count, self.memory_nbytes_per_s / count, self.codec_nbytes_per_s / count, self.link)
+        rates = self.flops / count, self.memory_nbytes_per_s / count, self.codec_nbytes_per_s / count
+        return Machine(*rates, self.link, self.overhead_s * count)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def pass_time(
         )
         for share in shape.shares(ranks)
     )
+    compute += machine.overhead_s
     elsewhere = 0.0
     if ranks > 1:
         rows_nbytes = 2 * batch * tokens * shape.hidden * (ranks - 1) / ranks

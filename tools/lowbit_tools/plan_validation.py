@@ -59,18 +59,21 @@ def read_measured(path: Path) -> Measured:
     return Measured(path, conditions, rows, shape_of_config(config, str(conditions["model"])))
 
 
-def rates_alone(alone: Measured, prompt_tokens: int) -> tuple[float, float]:
-    """(operations a second, bytes a second from memory) that one rank reached, from the row nearest in prompt length.
+def rates_alone(
+    alone: Measured, prompt_tokens: int, memory_nbytes_per_s: float | None = None
+) -> tuple[float, float, float]:
+    """(operations a second, bytes a second from memory, seconds of overhead a pass) of one rank alone.
 
-    Its first token is taken to be bound by operations, its later ones by memory.
+    From the row nearest in prompt length. Its first token is taken to be bound by operations, its later ones by memory.
+    Where the memory's rate is known, what it does not explain of a later token is the overhead; else there is none.
     """
     row = min(alone.rows, key=lambda row: abs(row["prompt_tokens"] - prompt_tokens))
     (share,) = alone.shape.shares(1)
     start = _step_start(row)
-    return (
-        share.flops(1, row["prompt_tokens"], 0) / row["ttft_s"],
-        share.read_nbytes(1, 1, start) / row["step_s"],
-    )
+    nbytes = share.read_nbytes(1, 1, start)
+    overhead_s = max(0.0, row["step_s"] - nbytes / memory_nbytes_per_s) if memory_nbytes_per_s else 0.0
+    flops = share.flops(1, row["prompt_tokens"], 0) / (row["ttft_s"] - min(overhead_s, row["ttft_s"] / 2))
+    return flops, memory_nbytes_per_s or nbytes / row["step_s"], overhead_s
 
 
 def check_alone(alone: Measured, measured: Measured) -> None:
@@ -94,6 +97,8 @@ class Rates:
     flops: float | None
     memory_nbytes_per_s: float | None
     codec_nbytes_per_s: float | None
+    #: of a whole small all-reduce of torch's; None: 2 (R - 1) latencies of the link
+    torch_latency_s: float | None = None
 
     def missing(self, alone: Measured | None) -> list[str]:
         """Flags that must be given as well."""
@@ -124,6 +129,9 @@ def validate(measured: Measured, rates: Rates, alone: Measured | None, link: Lin
     rows = []
     for row in measured.rows:
         machine = _machine(row, rates, alone, link).shared_by(measured.ranks_a_processor)
+        if row["scheme"] == BASELINE and rates.torch_latency_s is not None:
+            step_latency = rates.torch_latency_s / (2 * (measured.ranks - 1))
+            machine = replace(machine, link=replace(machine.link, latency_s=step_latency))
         first = _pass(measured, row, machine, policy, row["prompt_tokens"], 0)
         step = _pass(measured, row, machine, policy, 1, _step_start(row))
         rows.append(
@@ -144,6 +152,8 @@ def validate(measured: Measured, rates: Rates, alone: Measured | None, link: Lin
                 "flops": machine.flops,
                 "memory_nbytes_per_s": machine.memory_nbytes_per_s,
                 "codec_nbytes_per_s": machine.codec_nbytes_per_s,
+                "overhead_s": machine.overhead_s,
+                "latency_s": machine.link.latency_s,
             }
         )
     return rows
@@ -156,8 +166,9 @@ def _step_start(row: Mapping[str, Any]) -> int:
 
 def _machine(row: Mapping[str, Any], rates: Rates, alone: Measured | None, link: Link) -> Machine:
     flops, memory, codec = rates.flops, rates.memory_nbytes_per_s, rates.codec_nbytes_per_s
+    overhead_s = 0.0
     if alone is not None:
-        own_flops, own_memory = rates_alone(alone, row["prompt_tokens"])
+        own_flops, own_memory, overhead_s = rates_alone(alone, row["prompt_tokens"], memory)
         flops, memory = flops or own_flops, memory or own_memory
         if codec is None:
             codecs = alone.conditions["codec_nbytes_per_s"]
@@ -167,7 +178,7 @@ def _machine(row: Mapping[str, Any], rates: Rates, alone: Measured | None, link:
     if codec is None:
         raise ValueError(f"no codec speed of {row['scheme']!r} in the rows of one rank; give --codec-bandwidth")
     assert flops is not None and memory is not None
-    return Machine(flops, memory, codec, link)
+    return Machine(flops, memory, codec, link, overhead_s)
 
 
 def _pass(

@@ -60,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", help=f"comma-separated (default: {PROMPTS})")
     parser.add_argument("--batch", type=int, metavar="N", help=f"sequences side by side (default: {BATCH})")
     parser.add_argument(
+        "--overhead", metavar="TIME", help="of a pass, which more ranks do not shorten: 2ms (default: 0)"
+    )
+    parser.add_argument(
+        "--torch-latency", metavar="TIME",
+        help="for --validate: of a small all-reduce of torch's (default: the link's latency for each of its steps)",
+    )  # fmt: skip
+    parser.add_argument(
         "--alone", type=Path, metavar="FILE", help="for --validate: rows of one rank, which give the machine's rates"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write conditions and rows as JSON")
@@ -68,9 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 #: flags that a mode needs, and those that it can use beside them; the rest would be skipped silently
 _NEEDED = {"model": ("ranks", "link", "flops", "memory_bandwidth"), "table": (), "validate": ("link",)}
 _USED = {
-    "model": ("codec_bandwidth", "transport", "scheme", "policy", "prompt_tokens", "batch"),
+    "model": ("codec_bandwidth", "overhead", "transport", "scheme", "policy", "prompt_tokens", "batch"),
     "table": ("scheme", "prompt_tokens", "batch"),
-    "validate": ("flops", "memory_bandwidth", "codec_bandwidth", "alone"),
+    "validate": ("flops", "memory_bandwidth", "codec_bandwidth", "torch_latency", "alone"),
 }
 
 
@@ -148,6 +155,7 @@ def _rates(args: argparse.Namespace) -> Rates:
         read(args.flops, units.flops, "--flops"),
         read(args.memory_bandwidth, units.nbytes_per_s, "--memory-bandwidth"),
         read(args.codec_bandwidth, units.nbytes_per_s, "--codec-bandwidth"),
+        read(args.torch_latency, units.seconds, "--torch-latency"),
     )
 
 
@@ -157,7 +165,10 @@ def _predicted(
     shape, rates, transport = read_shape(args.model), _rates(args), args.transport or "tcp"
     assert rates.flops is not None and rates.memory_nbytes_per_s is not None
     codec = rates.codec_nbytes_per_s or rates.memory_nbytes_per_s / 2
-    machine = Machine(rates.flops, rates.memory_nbytes_per_s, codec, parse_link(args.link, transport == "tcp"))
+    overhead = units.seconds(args.overhead, "--overhead") if args.overhead else 0.0
+    machine = Machine(
+        rates.flops, rates.memory_nbytes_per_s, codec, parse_link(args.link, transport == "tcp"), overhead
+    )
     policy = _policy(args.policy or POLICY, args.ranks)
     found = [predict(shape, args.ranks, machine, scheme, policy, length, args.batch or BATCH) for length in lengths]
     return found, {
@@ -168,6 +179,7 @@ def _predicted(
         "flops": rates.flops,
         "memory_nbytes_per_s": rates.memory_nbytes_per_s,
         "codec_nbytes_per_s": codec,
+        "overhead_s": overhead,
         "transport": transport,
         "policy": args.policy or POLICY,
     }
