@@ -27,8 +27,8 @@ FLAGS = {
     "bench-model": "MODEL --config --random-weights --schemes --calibration --prompt-tokens --new-tokens --rounds "
     "--policy --dtype --tp --device --backend --json",
     "tune": "OUT --scheme --hidden --seconds --backend --tp --device --json",
-    "plan": "--model --table --validate --tp --link --flops --memory-bandwidth --codec-bandwidth --overhead --torch-latency --transport --scheme "
-    "--policy --prompt-tokens --batch --alone --json",
+    "plan": "--model --table --validate --tp --link --flops --memory-bandwidth --codec-bandwidth --overhead "
+    "--torch-latency --transport --scheme --policy --prompt-tokens --batch --alone --json",
     "demo": "--model --text --out --prompt --sequences --windows --length --tp --device",
 }
 DEFAULTS = {
