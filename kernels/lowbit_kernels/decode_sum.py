@@ -1,7 +1,9 @@
-"""Triton: decode R packets and sum them in fp32 in rank order, in one launch. One program is one tile of one row.
+"""Triton: decode R packets and sum them in fp32 in rank order, in one launch, into a buffer or onto what it holds.
 
-Packets that do not lie at equal distances cost one launch each, the sum waiting in the output in between: an array of
-addresses would have to be copied to the device, which a CUDA graph cannot replay.
+One program is one tile of one row, or of a few rows where there are many. With outliers a tile is one of body values,
+whose features are read from `body_index`; it adds the outliers that lie between its features, so that whole cache
+lines are written at about the same time. Packets may lie anywhere: their addresses are arguments of the launch, which
+a CUDA graph keeps.
 
 Legend: T tokens, H hidden features, K outliers, R ranks, B bytes of a row.
 """
@@ -11,17 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lowbit_kernels.checks import check_decode_sum
 from lowbit_kernels.layout import PacketLayout
-from lowbit_kernels.pack import NAN_BITS, check_alignment, load_bf16, load_code, one_nan
-
-TILE = 1024
-OUTLIER_TILE = tl.constexpr(128)
+from lowbit_kernels.pack import as_float, one_nan
+from lowbit_kernels.quads import sum_quads
+from lowbit_kernels.rows import (
+    DECODE_TILE,
+    MAGIC,
+    Rows,
+    Source,
+    decodes_in_quads,
+    format_of,
+    rows_as_bits,
+    rows_of_program,
+    source_of,
+    tiles_of,
+)
+from lowbit_kernels.sections import end_of_row, sections_of
+from lowbit_kernels.singles import first_outlier, sum_outliers, sum_values
 
 
 def decode_sum(
@@ -31,132 +44,117 @@ def decode_sum(
     scale_RH: Tensor | None = None,
     body_index: Tensor | None = None,
     outlier_index: Tensor | None = None,
+    minimum_RH: Tensor | None = None,
 ) -> None:
     """See `reference.decode_sum`. Also ValueError for packet rows that are not aligned for their widest values."""
-    packets = check_decode_sum(packets_RTB, layout, out_TH, scale_RH, body_index, outlier_index)
-    for packet_TB in packets:
-        check_alignment(packet_TB, layout)
-    addresses = [packet_TB.data_ptr() for packet_TB in packets]
-    distance = addresses[1] - addresses[0] if len(packets) > 1 else 0
-    even = all(address - addresses[0] == r * distance for r, address in enumerate(addresses))
-    if even and len({packet_TB.stride(0) for packet_TB in packets}) == 1:
-        _launch(packets[0], distance, len(packets), layout, out_TH, scale_RH, body_index, outlier_index, first=True)
-        return
-    for r, packet_TB in enumerate(packets):
-        scale = None if scale_RH is None else scale_RH[r : r + 1]
-        _launch(packet_TB, 0, 1, layout, out_TH, scale, body_index, outlier_index, first=r == 0)
+    packets = check_decode_sum(packets_RTB, layout, out_TH, scale_RH, body_index, outlier_index, minimum_RH)
+    launch_decode_sum(packets, layout, out_TH, scale_RH, body_index, outlier_index, minimum_RH, add=False)
 
 
-def _launch(
-    packet_TB: Tensor,
-    distance_nbytes: int,
-    ranks: int,
+def launch_decode_sum(
+    packets: Sequence[Tensor],
     layout: PacketLayout,
     out_TH: Tensor,
     scale_RH: Tensor | None,
     body_index: Tensor | None,
     outlier_index: Tensor | None,
-    first: bool,
+    minimum_RH: Tensor | None,
+    add: bool,
 ) -> None:
+    """Sum the packets into `out_TH`, or add their sum to it. The arguments have been checked."""
     tokens = out_TH.shape[0]
+    tiles = tiles_of(layout.body, DECODE_TILE)
+    rows = rows_of_program(tokens, tiles)
+    source = source_of(packets, layout, scale_RH, minimum_RH, rows)
     if tokens == 0:
         return
-    _decode_sum[(tokens, max(1, triton.cdiv(layout.body, TILE)))](
-        packet_TB,
-        packet_TB.stride(0),
-        distance_nbytes,
-        ranks,
-        out_TH.view(torch.int32),
-        out_TH.stride(0),
-        scale_RH,
-        0 if scale_RH is None else scale_RH.stride(0),
+    in_quads = decodes_in_quads(layout)
+    _decode_sum[(triton.cdiv(tokens, rows) * tiles,)](
+        source,
         body_index,
         outlier_index,
+        rows_as_bits(out_TH, rows),
+        tokens,
+        tiles,
         layout.body,
         layout.outliers,
         layout.group_size,
-        layout.scales_offset,
-        layout.outliers_offset,
-        BITS=layout.bits,
-        GROUPED=layout.group_size > 0,
-        HAS_OUTLIERS=layout.outliers > 0,
-        FIRST=first,
-        TILE=TILE,
-        num_warps=4,
+        MAGIC,
+        F=format_of(layout, packets),
+        GROUP=layout.group_size if in_quads else 0,
+        IN_QUADS=in_quads,
+        ADD=add,
+        RANKS=len(packets),
+        ROWS=rows,
+        TILE=DECODE_TILE,
+        num_warps=DECODE_TILE // 128,
         enable_fp_fusion=False,  # a product that overflows must not be rescued by the addition
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["body_index", "outlier_index", "tokens", "tiles", "body", "outliers", "group_size", "magic"]
+)
 def _decode_sum(
-    packet_ptr: tl.tensor,
-    packet_stride: tl.tensor,
-    distance_nbytes: tl.tensor,
-    ranks: tl.tensor,
-    out_ptr: tl.tensor,
-    out_stride: tl.tensor,
-    scale_ptr: tl.tensor,
-    scale_stride: tl.tensor,
-    body_index_ptr: tl.tensor,
-    outlier_index_ptr: tl.tensor,
+    source: Source,
+    body_index: tl.tensor,
+    outlier_index: tl.tensor,
+    out: Rows,
+    tokens: tl.tensor,
+    tiles: tl.tensor,
     body: tl.tensor,
     outliers: tl.tensor,
     group_size: tl.tensor,
-    scales_offset: tl.tensor,
-    outliers_offset: tl.tensor,
-    BITS: tl.constexpr,
-    GROUPED: tl.constexpr,
-    HAS_OUTLIERS: tl.constexpr,
-    FIRST: tl.constexpr,
+    magic: tl.tensor,
+    F: tl.constexpr,
+    GROUP: tl.constexpr,
+    IN_QUADS: tl.constexpr,
+    ADD: tl.constexpr,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    token = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    out_row = out_ptr + token * out_stride
-    value = tile * TILE + tl.arange(0, TILE)
-    mask = value < body
-    feature = value
-    if HAS_OUTLIERS:
-        feature = tl.load(body_index_ptr + value, mask=mask, other=0)
-    if FIRST:  # -0.0 + v is v for every v, -0.0 included
-        total = tl.full((TILE,), -0.0, tl.float32)
+    LANES: tl.constexpr = TILE // 4
+    at = sections_of(body, outliers, group_size, magic, F)
+    program = tl.program_id(0)
+    token = (program // tiles).to(tl.int64) * ROWS
+    start = program % tiles * TILE
+    value = start + tl.arange(0, TILE)
+    if F.outliers:
+        # One row of two dimensions: what is stored value by value lies otherwise in the threads than what is loaded in
+        # vectors, and were the shapes the same, Triton would load features as it loads vectors, and move addresses.
+        value = value[None, :]
+        feature = tl.load(body_index + value, mask=value < at.body, other=0).to(tl.int32)
     else:
-        total = tl.load(out_row + feature, mask=mask, other=0).to(tl.float32, bitcast=True)
-    row = packet_ptr + token * packet_stride
-    if BITS <= 8 and not GROUPED:
-        scale_row = scale_ptr
-    for _ in range(ranks):
-        if BITS == 32:
-            bits = tl.load(row.to(tl.pointer_type(tl.int32)) + value, mask=mask, other=0)
-            decoded = bits.to(tl.float32, bitcast=True)
-        elif BITS == 16:
-            decoded = load_bf16(row, 0, value, mask).to(tl.float32, bitcast=True)
-        else:
-            code = load_code(row, value, mask, BITS)
-            if GROUPED:
-                scale = load_bf16(row, scales_offset, value // group_size, mask).to(tl.float32, bitcast=True)
-                decoded = code.to(tl.float32) * scale
-            else:
-                decoded = code.to(tl.float32) * tl.load(scale_row + value, mask=mask, other=0.0)
-                NOT_FINITE: tl.constexpr = -8 if BITS == 4 else -128
-                bits = tl.where(code == NOT_FINITE, NAN_BITS, decoded.to(tl.int32, bitcast=True))
-                decoded = bits.to(tl.float32, bitcast=True)
-                scale_row += scale_stride
-        total += decoded
-        row += distance_nbytes
-    tl.store(out_row + feature, one_nan(total.to(tl.int32, bitcast=True)), mask=mask)
+        feature = value
+    if IN_QUADS:
+        totals = sum_quads(source, token, tokens, start, at, F, GROUP, RANKS, ROWS, LANES)
+        for i in tl.static_range(ROWS):
+            total = tl.reshape(totals[i], value.shape)
+            end = end_of_row(at.body, token + i, tokens)
+            mask = value < end if F.outliers else value // F.unit < end // F.unit
+            _put(total, out.data + (token + i) * out.stride + feature, mask, ADD)
+    else:
+        for i in tl.static_range(ROWS):
+            mask = value < end_of_row(at.body, token + i, tokens)
+            total = sum_values(source, tl.minimum(token + i, tokens - 1), value, mask, at, F, RANKS)
+            _put(total, out.data + (token + i) * out.stride + feature, mask, ADD)
+    if F.outliers:
+        # lanes go by rows first, then by outliers: there are few of these between the features of a tile
+        PER_ROW: tl.constexpr = LANES // ROWS
+        lane = tl.arange(0, LANES)
+        token_k = token + lane // PER_ROW
+        last = first_outlier(body_index, start + TILE, at)
+        for first in range(first_outlier(body_index, start, at), last, PER_ROW):
+            k = first + lane % PER_ROW
+            mask_k = (k < last) & (token_k < tokens)
+            total_k = sum_outliers(source, token_k, k, mask_k, at, RANKS)
+            feature_k = tl.load(outlier_index + k, mask=mask_k, other=0)
+            _put(total_k, out.data + token_k * out.stride + feature_k, mask_k, ADD)
 
-    if HAS_OUTLIERS and tile == 0:
-        for start in range(0, outliers, OUTLIER_TILE):
-            k = start + tl.arange(0, OUTLIER_TILE)
-            outlier_mask = k < outliers
-            outlier = tl.load(outlier_index_ptr + k, mask=outlier_mask, other=0)
-            if FIRST:
-                outlier_total = tl.full((OUTLIER_TILE,), -0.0, tl.float32)
-            else:
-                outlier_total = tl.load(out_row + outlier, mask=outlier_mask, other=0).to(tl.float32, bitcast=True)
-            row = packet_ptr + token * packet_stride
-            for _ in range(ranks):
-                outlier_total += load_bf16(row, outliers_offset, k, outlier_mask).to(tl.float32, bitcast=True)
-                row += distance_nbytes
-            tl.store(out_row + outlier, one_nan(outlier_total.to(tl.int32, bitcast=True)), mask=outlier_mask)
+
+@triton.jit
+def _put(total: tl.tensor, pointer: tl.tensor, mask: tl.tensor, ADD: tl.constexpr) -> None:
+    if ADD:
+        total = as_float(tl.load(pointer, mask=mask, other=0)) + total
+    tl.store(pointer, one_nan(total), mask=mask)

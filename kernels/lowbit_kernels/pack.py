@@ -1,7 +1,9 @@
-"""Triton: from fp32 bits to codes, scales and bf16, and back. The steps that the kernels share.
+"""Triton: fp32 to bf16, to codes and back, on bits. What the kernels share; every function runs on the device.
 
 Floats travel as their int32 bits wherever they are not multiplied or added, so that NaN payloads and denormals cannot
-be touched by a conversion. Every function here runs on the device; `x` and `bits` are blocks or scalars.
+be touched by a conversion. `x` is a block (or scalar) of fp32, `bits` one of int32 that holds fp32 bits.
+
+Nothing here may be fused or flushed: launch what uses it with `enable_fp_fusion=False`.
 """
 
 # mypy: allow-untyped-decorators
@@ -9,9 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from lowbit_kernels.layout import PacketLayout
 
 ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds half to even
 ROUNDED_ZERO = tl.constexpr(0x4B400000)  # its bits
@@ -20,24 +19,24 @@ MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 SIGN = tl.constexpr(-0x80000000)
 NAN_BITS = tl.constexpr(0x7FC00000)
 NAN_BF16_BITS = tl.constexpr(0x7FC0)
-SCALE_FLOOR_BF16_BITS = tl.constexpr(0x0D80)  # 2^-100
-INVERSE_127_BITS = tl.constexpr(0x3C010204)  # 1/127 rounded to fp32
 
 
-def check_alignment(packet_TB: Tensor, layout: PacketLayout) -> None:
-    """Raise ValueError where scales and outliers (16 bits) or values (32 bits) could not be loaded whole."""
-    needed = 4 if layout.bits == 32 else 2
-    if packet_TB.data_ptr() % needed or packet_TB.stride(0) % needed:
-        raise ValueError(
-            f"packet rows start at address {packet_TB.data_ptr()} with {packet_TB.stride(0)} bytes between them; "
-            f"the Triton codec needs multiples of {needed}, as rows of a fresh uint8 tensor have"
-        )
+@triton.jit
+def as_float(bits: tl.tensor) -> tl.tensor:
+    """The fp32 numbers of these bits."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def as_bits(x: tl.tensor) -> tl.tensor:
+    """The bits of these fp32 numbers."""
+    return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def load_bits(pointer: tl.tensor, mask: tl.tensor, IS_BF16: tl.constexpr) -> tl.tensor:
-    """fp32 bits (int32) of values stored as fp32 (pointer to int32) or bf16 (pointer to int16); 0.0 where masked."""
-    bits = tl.load(pointer, mask=mask, other=0).to(tl.int32)
+    """fp32 bits (int32) of values stored as fp32 (pointer to int32) or bf16 (pointer to int16); any where masked."""
+    bits = tl.load(pointer, mask=mask, eviction_policy="evict_first").to(tl.int32)
     if IS_BF16:
         bits = bits << 16
     return bits
@@ -51,83 +50,56 @@ def bf16_bits(bits: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def one_nan(bits: tl.tensor) -> tl.tensor:
-    """fp32 bits with every NaN as 0x7FC00000."""
-    return tl.where((bits & MAGNITUDE) > EXPONENT, NAN_BITS, bits)
+def one_nan(x: tl.tensor) -> tl.tensor:
+    """Bits of fp32 numbers, with every NaN as 0x7FC00000."""
+    return tl.where(x != x, NAN_BITS, as_bits(x))
 
 
 @triton.jit
-def code_of(product: tl.tensor, LOWEST: tl.constexpr, HIGHEST: tl.constexpr) -> tl.tensor:
-    """clamp(round_half_even(product)) as int32.
+def is_finite(x: tl.tensor) -> tl.tensor:
+    """True where fp32 numbers are neither NaN nor infinite."""
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def rounded_code(product: tl.tensor, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, BIAS: tl.constexpr) -> tl.tensor:
+    """clamp(round_half_even(product)) + BIAS + ROUNDED_ZERO, an int32.
 
     Clamping to integers first gives the same, keeps the addition exact, and parts it from the multiplication before it,
-    so that they cannot be fused. A NaN gives an arbitrary code, for the caller to replace.
+    so that they cannot be fused. BIAS is even, or ties would round to odd. A NaN gives an arbitrary code.
     """
-    clamped = tl.where(product > HIGHEST, HIGHEST * 1.0, product)
-    clamped = tl.where(clamped < LOWEST, LOWEST * 1.0, clamped)
-    return (clamped + ROUND_TO_INTEGER).to(tl.int32, bitcast=True) - ROUNDED_ZERO
+    clamped = tl.minimum(tl.maximum(product, LOWEST * 1.0), HIGHEST * 1.0)
+    return as_bits(clamped + (ROUND_TO_INTEGER + BIAS))
 
 
 @triton.jit
-def group_scale(
-    low: tl.tensor, high: tl.tensor, low_in: tl.tensor, high_in: tl.tensor, BITS: tl.constexpr
-) -> tl.tensor:
-    """bf16 bits of the scale of a group: the values (fp32 bits) of `low` and `high` where `low_in` and `high_in`.
+def small_float_code(x: tl.tensor, E4M3: tl.constexpr) -> tl.tensor:
+    """e4m3 or e2m1 codes (int32) of fp32 numbers, nearest even, saturating. A NaN gives an arbitrary code.
 
-    Magnitudes order as their bits do. A value of the other sign is a negative integer, and never the maximum.
+    Adding 2^23 units of the last place of the result rounds to it. What is left above is the mantissa in these units,
+    which carries into the exponent by itself. e2m1 has no minus zero here: that code means "not finite".
     """
-    low = tl.where(low_in, low, 0)
-    high = tl.where(high_in, high, 0)
-    if BITS == 4:
-        positive = tl.maximum(tl.maximum(tl.max(low, 0), tl.max(high, 0)), 0)
-        negative = tl.maximum(tl.max(tl.where(low_in, low ^ SIGN, 0), 0), tl.max(tl.where(high_in, high ^ SIGN, 0), 0))
-        negative = tl.maximum(negative, 0)
-        highest = tl.maximum(positive, negative)
-        peak = tl.where(positive >= negative, positive, negative | SIGN)
-        exact = peak.to(tl.float32, bitcast=True) * -0.125
-    else:
-        highest = tl.maximum(tl.max(low & MAGNITUDE, 0), tl.max(high & MAGNITUDE, 0))
-        exact = highest.to(tl.float32, bitcast=True) * tl.full((), INVERSE_127_BITS, tl.int32).to(
-            tl.float32, bitcast=True
-        )
-    scale = bf16_bits(exact.to(tl.int32, bitcast=True))
-    scale = tl.where((scale & 0x7FFF) < SCALE_FLOOR_BF16_BITS, SCALE_FLOOR_BF16_BITS, scale)
-    return tl.where(highest >= EXPONENT, NAN_BF16_BITS, scale)
+    MANTISSA_BITS: tl.constexpr = 3 if E4M3 else 1
+    SMALLEST_EXPONENT: tl.constexpr = (127 - 6 if E4M3 else 127) << 23
+    LARGEST: tl.constexpr = 448.0 if E4M3 else 6.0
+    bits = as_bits(x)
+    magnitude = tl.minimum(as_float(bits & MAGNITUDE), LARGEST)
+    exponent = tl.maximum(as_bits(magnitude) & EXPONENT, SMALLEST_EXPONENT)
+    unit = exponent + ((23 - MANTISSA_BITS) << 23)
+    code = as_bits(magnitude + as_float(unit)) - unit + ((exponent - SMALLEST_EXPONENT) >> (23 - MANTISSA_BITS))
+    return code | ((bits >> 24) & 0x80) if E4M3 else tl.where(code == 0, 0, code | ((bits >> 28) & 8))
 
 
 @triton.jit
-def store_codes(
-    row: tl.tensor,
-    pair: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
-    low_in: tl.tensor,
-    high_in: tl.tensor,
-    BITS: tl.constexpr,
-) -> None:
-    """Write the codes of values `2 * pair` and `2 * pair + 1` of the body, where in, into the packet row at `row`."""
-    if BITS == 4:
-        high = tl.where(high_in, high, 0)  # the nibble behind an odd tail
-        tl.store(row + pair, ((low & 0xF) | ((high & 0xF) << 4)).to(tl.uint8), mask=low_in)
+def small_float_value(code: tl.tensor, E4M3: tl.constexpr) -> tl.tensor:
+    """fp32 numbers of e4m3 or e2m1 codes (int32, not negative).
+
+    Their exponent and mantissa, put where fp32 has its own, are these numbers but for a power of two, denormals
+    included.
+    """
+    if E4M3:
+        x = as_float(((code & 0x7F) << 20) | ((code & 0x80) << 24)) * 2.0**120
+        x = as_float(tl.where((code & 0x7F) == 0x7F, NAN_BITS, as_bits(x)))
     else:
-        tl.store(row + 2 * pair, (low & 0xFF).to(tl.uint8), mask=low_in)
-        tl.store(row + 2 * pair + 1, (high & 0xFF).to(tl.uint8), mask=high_in)
-
-
-@triton.jit
-def load_code(row: tl.tensor, value: tl.tensor, mask: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """The code (int32) of value number `value` of the body, from the packet row at `row`."""
-    if BITS == 4:
-        byte = tl.load(row + value // 2, mask=mask, other=0).to(tl.int32)
-        code = (((byte >> ((value & 1) * 4)) & 0xF) ^ 8) - 8
-    else:
-        byte = tl.load(row + value, mask=mask, other=0).to(tl.int32)
-        code = (byte ^ 0x80) - 0x80
-    return code
-
-
-@triton.jit
-def load_bf16(row: tl.tensor, offset: tl.tensor, index: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """fp32 bits of bf16 value number `index` of the section `offset` bytes (an even number) into the packet row."""
-    pointer = (row + offset).to(tl.pointer_type(tl.int16))
-    return tl.load(pointer + index, mask=mask, other=0).to(tl.int32) << 16
+        x = as_float(((code & 7) << 22) | ((code & 8) << 28)) * 2.0**126
+    return x

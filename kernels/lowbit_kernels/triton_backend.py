@@ -7,10 +7,12 @@ import os
 import torch
 
 from lowbit_kernels.decode import decode
+from lowbit_kernels.decode_add_norm import decode_add_norm
 from lowbit_kernels.decode_sum import decode_sum
 from lowbit_kernels.encode import encode
+from lowbit_kernels.requantize import requantize
 
-__all__ = ["decode", "decode_sum", "encode", "name", "why_missing"]
+__all__ = ["decode", "decode_add_norm", "decode_sum", "encode", "name", "requantize", "why_missing"]
 
 name = "triton"
 

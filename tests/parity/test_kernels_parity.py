@@ -14,10 +14,9 @@ from helpers.kernel_cases import FAMILIES, Case, check_case, check_norm, same_bi
 from lowbit_kernels import PacketLayout, get_backend, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NEW = {"odd bits", "asymmetric", "small scales", "e4m3", "e2m1", "prescaled"}
 #: Families of formats that a backend does not know yet (it must refuse them), functions that it does not have yet.
-UNKNOWN = {"cpu": set(), "triton": NEW, "torch": set()}
-MISSING = {"cpu": set(), "triton": {"add", "requantize", "norm"}, "torch": set()}
+UNKNOWN = {"cpu": set(), "triton": set(), "torch": set()}
+MISSING = {"cpu": set(), "triton": set(), "torch": set()}
 CODES = [family for family in FAMILIES if family not in ("bf16", "fp32")]
 
 
@@ -72,7 +71,7 @@ def subject(request):
         module = get_backend(name, device or "cpu")
     except ValueError as error:
         pytest.skip(str(error))
-    return Subject(name, module, device or "cpu", 12 if INTERPRETED else 150)
+    return Subject(name, module, device or "cpu", 6 if INTERPRETED else 150)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,9 +86,9 @@ def test_random_layouts(subject, family):
 
 @pytest.mark.parametrize("family", CODES)
 def test_rows_wider_than_a_block(subject, family):
-    for seed in range(2 if INTERPRETED else 8):
+    for seed in range(1 if INTERPRETED else 8):
         if subject.knows(family):
-            subject.check(Case(seed, family, features=4099, tokens=2), seed)
+            subject.check(Case(seed, family, features=2051 if INTERPRETED else 4099, tokens=2), seed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
