@@ -182,7 +182,7 @@ def test_threads_encode_whole_units_of_bf16(compiler, name):
 
 
 def test_a_layout_of_another_width_compiles_nothing_new(compiler):
-    """Sizes are numbers to a kernel; what is compiled into it is how addresses divide, here always by 16, and a norm's tiles."""
+    """Sizes are numbers to a kernel; what is compiled into it is how addresses divide, here always by 16."""
     compile_for = compiler(SM_90)
     for step in ("encode", "decode_sum", "requantize", "decode_add_norm"):
         layouts = [
