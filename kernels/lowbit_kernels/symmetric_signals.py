@@ -5,8 +5,8 @@ number of the last call of which rank r has sent everything. A rank's state, in 
 it has finished, a ticket counter and a flag for failure. Nothing of it is touched by the host, so replays of a CUDA
 graph go on counting where the last one ended.
 
-Order of memory: the programs of a kernel write packets, meet at a barrier of their threads, and take a ticket (acquire
-and release at system scope). The program with the last ticket has thereby seen that all others are done; it stores the
+Order of memory: a program of a kernel writes packets, its threads meet at a barrier, and it takes a ticket (acquire and
+release at system scope). The program with the last ticket has thereby seen that all others are done; it stores the
 flags (release, system scope). Whoever reads a flag (acquire, system scope) sees every packet written before it.
 Only plain stores go to other GPUs: over PCIe there are no atomics.
 
@@ -84,10 +84,13 @@ def wait(
 
 
 @triton.jit
-def is_last(ticket_ptr: tl.tensor, tickets: tl.tensor) -> tl.tensor:
-    """True in the last of `tickets` programs to get here, which then sees all that the others wrote before."""
+def is_last(ticket_ptr: tl.tensor, tickets: tl.tensor, SCOPE: tl.constexpr) -> tl.tensor:
+    """True in the last of `tickets` programs to get here, which then sees all that the others wrote before.
+
+    SCOPE: "sys" where any of that is in the memory of other GPUs, else "gpu", which takes less time.
+    """
     tl.debug_barrier()  # all threads of this program are done
-    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="sys") == tickets - 1
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope=SCOPE) == tickets - 1
     if last:
         tl.store(ticket_ptr, 0)  # for the next kernel
     return last

@@ -28,7 +28,7 @@ def _send(x_ptr, table_ptr, state_ptr, rank, ranks, nbytes, HARDWARE: tl.constex
     for peer in range(ranks):
         buffer = tl.load(table_ptr + peer).to(tl.pointer_type(tl.uint8))
         tl.store(buffer + nbytes + rank * tl.num_programs(0) + at, tl.load(x_ptr + at))
-    if signals.is_last(state_ptr + signals.TICKET, tl.num_programs(0)):
+    if signals.is_last(state_ptr + signals.TICKET, tl.num_programs(0), "sys"):
         signals.signal(state_ptr, table_ptr, 4 * rank, epoch, ranks, HARDWARE)
 
 
@@ -40,7 +40,7 @@ def _receive(flags, out_ptr, state_ptr, status_ptr, ranks, timeout_ns, nbytes, s
         for at in range(size):
             place = tl.program_id(0) * size + at
             tl.store(out_ptr + place, tl.load(flags.to(tl.pointer_type(tl.uint8)) + nbytes + place))
-    if signals.is_last(state_ptr + signals.TICKET, tl.num_programs(0)):
+    if signals.is_last(state_ptr + signals.TICKET, tl.num_programs(0), "sys"):
         tl.store(state_ptr + signals.EPOCH, epoch)
 
 
