@@ -1,7 +1,7 @@
 /* AVX-512 with its byte instructions (Intel from Ice Lake, AMD from Zen 4): vectors, blocks of 64 features, planes.
  *
- * Vectors v[0..3] hold 16 consecutive values each, in order. Compiled by attributes on any x86-64 gcc or clang, run where
- * the processor has it. Bit-identical to the plain C of encode_row.h and decode_row.h.
+ * Compiled by attributes on any x86-64 gcc or clang, run where the processor has it. Bit-identical to the plain C of
+ * encode_row.h and decode_row.h. Vectors v[0..3] hold 16 consecutive values each, in order.
  */
 #ifndef LOWBIT_AVX512_H
 #define LOWBIT_AVX512_H
@@ -48,22 +48,24 @@ INLINE void plan_body(Body *body, const Layout *at, const int64_t *outlier_index
 VECTOR __mmask16 first16(int64_t n) { return (__mmask16)(n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1); }
 VECTOR __mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
 
-/* Two vectors of numbers of the body, fp32, in order: those of features i to i + 32 in their places, the rest 0, or, where
- * there are no outliers, numbers i to i + 32. Reads none from the n-th on. */
+/* 16 of n numbers, from number `at` on; 0 for those that there are not. */
+VECTOR __m512i numbers16(const float *numbers, int64_t at, int64_t n) {
+    if (at + 16 <= n) return _mm512_loadu_si512(numbers + at);
+    return _mm512_maskz_loadu_epi32(first16(n - at), numbers + at);
+}
+
+/* Two vectors of the n numbers of the body: those of features i to i + 32 in their places, the rest 0, or, where there
+ * are no outliers, numbers i to i + 32. */
 VECTOR void body32(const float *numbers, const Body *body, int64_t i, int64_t n, __m512i v[2]) {
     if (!body->mask) {
-        for (int k = 0; k < 2; k++) {
-            const int64_t at = i + 16 * k;
-            v[k] = at + 16 <= n ? _mm512_loadu_si512(numbers + at) : _mm512_maskz_loadu_epi32(first16(n - at), numbers + at);
-        }
+        for (int k = 0; k < 2; k++) v[k] = numbers16(numbers, i + 16 * k, n);
         return;
     }
     const uint64_t mask = body->mask[i / BLOCK];
     int64_t at = body->before[i / BLOCK] + (i % BLOCK ? (int64_t)_mm_popcnt_u64(mask & 0xFFFFFFFF) : 0);
     for (int k = 0; k < 2; k++) {
         const __mmask16 here = (__mmask16)(mask >> (i % BLOCK + 16 * k));
-        v[k] = at + 16 <= n ? _mm512_loadu_si512(numbers + at) : _mm512_maskz_loadu_epi32(first16(n - at), numbers + at);
-        v[k] = _mm512_maskz_expand_epi32(here, v[k]);
+        v[k] = _mm512_maskz_expand_epi32(here, numbers16(numbers, at, n));
         at += (int64_t)_mm_popcnt_u32(here);
     }
 }

@@ -1,4 +1,4 @@
-/* Decoding rows, sums of R packets, with AVX-512: what is prepared once a call, and the values of 64 codes. See avx512.h.
+/* Decoding sums of R packet rows with AVX-512: what is prepared once a call, and the values of 64 codes. See avx512.h.
  *
  * Codes of 4 bits index a table of 16 fp32 numbers, with the scale of a group already in it. e4m3 becomes bf16, which
  * holds all its values exactly, by tables of high and low bytes. Other integers are converted.
@@ -30,8 +30,8 @@ typedef struct {
     uint8_t lost; /* with static scales, the byte that says "not finite" */
     float nibble[16], *group, *group_minimum, *sum;
     uint8_t *codes, *tail;
-    int64_t codes_nbytes; /* of a row of one rank */
-    Rank512 *rank;        /* TOGETHER rows of R */
+    int64_t codes_nbytes, readable; /* of a row of one rank: in `codes`, and wherever its codes are */
+    Rank512 *rank;                  /* TOGETHER rows of R */
 } Decode512;
 
 /* Two vectors of 16 share the words of one: what `to_pairs` made. */
@@ -75,32 +75,52 @@ VECTOR int plan_static512(Decode512 *plan, Static with, uint8_t *pairs, uint8_t 
     return (all & 0xFFFF) == 0;
 }
 
+/* Values of all codes of 4 bits, before any scale; with static scales, NaN for the one that says "not finite". */
+INLINE void fill_nibbles(float values[16], const Layout *at) {
+    for (int code = 0; code < 16; code++)
+        values[code] = at->values == E2M1 ? small_float_value((uint32_t)code, AS_E2M1)
+                                          : (float)(at->asymmetric ? code : (code ^ 8) - 8);
+    if (!at->group_size) values[coding_of(at).lost] = as_float(NAN_BITS);
+}
+
 /* Returns 0 where this code cannot do it: static scales that bf16 does not hold. */
 AVX512 static int plan_decode512(Decode512 *plan, const Layout *at, Static with, int64_t R, Arena *from) {
     const int64_t H = at->features, G = at->groups, size = at->group_size, row = H + BLOCK;
     const int each = size && size != 16 && size != 32 && size % BLOCK;
     const int64_t numbers = (each ? H : G) + BLOCK;
     plan->at = at, plan->outlier_index = with.outlier_index, plan->R = R, plan->order_n = size ? at->body : H;
-    plan->scales = !size ? EACH_BF16 : each ? EACH_FP32 : size == 16 ? GROUPS_OF_16 : size == 32 ? GROUPS_OF_32 : GROUPS_OF_64;
-    plan->way = at->bits == 4 ? NIBBLES : at->values == E4M3 ? E4M3_BYTES : at->asymmetric ? UNSIGNED_BYTES : SIGNED_BYTES;
+    plan->scales = !size        ? EACH_BF16
+                   : each       ? EACH_FP32
+                   : size == 16 ? GROUPS_OF_16
+                   : size == 32 ? GROUPS_OF_32
+                                : GROUPS_OF_64;
+    plan->way = at->bits == 4         ? NIBBLES
+                : at->values == E4M3  ? E4M3_BYTES
+                : at->asymmetric      ? UNSIGNED_BYTES
+                                      : SIGNED_BYTES;
     plan->lost = (uint8_t)(at->asymmetric ? coding_of(at).lost : -coding_of(at).lost);
-    plan->codes_nbytes = row;
+    plan->codes_nbytes = row, plan->readable = at->bits == 4 || at->bits == 8 ? at->row_nbytes : row;
     plan_body(&plan->body, at, with.outlier_index, from);
     plan->group = take(from, G, 4), plan->group_minimum = take(from, G, 4);
     plan->sum = take(from, H, 4), plan->rank = take(from, TOGETHER * R, sizeof(Rank512));
     plan->codes = take(from, at->bits == 4 || at->bits == 8 ? 0 : TOGETHER * R * row, 1);
     plan->tail = take(from, TOGETHER * R * BLOCK, 1);
-    uint8_t *pairs = take(from, with.scale ? R * row : 0, 2), *minimum_pairs = take(from, with.minimum ? R * row : 0, 2);
-    float *scale = take(from, size ? R * numbers : 0, 4), *minimum = take(from, at->asymmetric && size ? R * numbers : 0, 4);
+    uint8_t *pairs = take(from, with.scale ? R * row : 0, 2);
+    uint8_t *minimum_pairs = take(from, with.minimum ? R * row : 0, 2);
+    float *scale = take(from, size ? R * numbers : 0, 4);
+    float *minimum = take(from, at->asymmetric && size ? R * numbers : 0, 4);
     if (!from->base) return 1;
-    if (at->bits == 4) code_values(plan->nibble, at);
-    for (int64_t r = 0; r < R; r++) plan->rank[r].scale = scale + r * numbers, plan->rank[r].minimum = minimum + r * numbers;
+    if (at->bits == 4) fill_nibbles(plan->nibble, at);
+    for (int64_t r = 0; r < R; r++) {
+        plan->rank[r].scale = scale + r * numbers;
+        plan->rank[r].minimum = minimum + r * numbers;
+    }
     return plan_static512(plan, with, pairs, minimum_pairs);
 }
 
 /* Bytes of e4m3 to 4 vectors of their values. */
 VECTOR void e4m3_values(__m512i codes, const __m512i table[4], __m512 v[4]) {
-    /* byte 16 * L + 8 * (k / 2) + 2 * d + k % 2 is code 16 * k + 4 * L + d, so that unpacking leaves vectors in order */
+    /* byte 16 * L + 8 * (k / 2) + 2 * d + k % 2: code 16 * k + 4 * L + d, so that unpacking leaves vectors in order */
     const __m512i order = _mm512_set_epi64(
         0x3F2F3E2E3D2D3C2C, 0x1F0F1E0E1D0D1C0C, 0x3B2B3A2A39293828, 0x1B0B1A0A19091808,
         0x3727362635253424, 0x1707160615051404, 0x3323322231213020, 0x1303120211011000);
@@ -152,8 +172,7 @@ VECTOR void nibble_codes(__m512i bytes, const Nibbles *at, __m512i codes[4]) {
 
 /* One bit pattern for NaN. */
 VECTOR __m512 one_nan512(__m512 x) {
-    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_mask_mov_ps(x, nan, _mm512_castsi512_ps(_mm512_set1_epi32((int)NAN_BITS)));
+    return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_ps(as_float(NAN_BITS)));
 }
 
 #endif

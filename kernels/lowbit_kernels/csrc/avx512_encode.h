@@ -1,4 +1,4 @@
-/* Encoding one row with AVX-512, where all its values are finite: encode_row.h, which defines the results, does the rest.
+/* Encoding rows with AVX-512 whose values are all finite: encode_row.h, which defines the results, does the others.
  *
  * Values are taken 32 at a time as those at even and those at odd places, which is how they lie in bf16; numbers that
  * each value has for itself are kept in that order. See avx512.h.
@@ -99,14 +99,16 @@ VECTOR __m512i words32(const __m512 product[2], int kind, int clamp, __m512i *le
     __m512i words;
     if (kind == FP8) {
         const __m512i lowest = _mm512_set1_epi16((short)(AS_E4M3.lowest >> 20));
-        words = _mm512_packs_epi32(magnitude_codes(product[0], AS_E4M3, clamp), magnitude_codes(product[1], AS_E4M3, clamp));
+        words = _mm512_packs_epi32(magnitude_codes(product[0], AS_E4M3, clamp),
+                                   magnitude_codes(product[1], AS_E4M3, clamp));
         return _mm512_sub_epi16(words, lowest);
     }
     if (kind == FP4) {
-        words = _mm512_packs_epi32(_mm512_cvt_roundps_epi32(product[0], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC),
-                                   _mm512_cvt_roundps_epi32(product[1], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
-        __m512i up = _mm512_packs_epi32(_mm512_cvt_roundps_epi32(product[0], _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC),
-                                        _mm512_cvt_roundps_epi32(product[1], _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
+        enum { DOWN = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC, UP = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC };
+        words = _mm512_packs_epi32(_mm512_cvt_roundps_epi32(product[0], DOWN),
+                                   _mm512_cvt_roundps_epi32(product[1], DOWN));
+        __m512i up = _mm512_packs_epi32(_mm512_cvt_roundps_epi32(product[0], UP),
+                                        _mm512_cvt_roundps_epi32(product[1], UP));
         *least_seen = _mm512_min_epi16(*least_seen, words);
         return _mm512_adds_epi16(words, up);
     }
@@ -121,7 +123,8 @@ VECTOR __m512i codes64(__m512i low, __m512i high, const Encode512 *plan, int kin
         0x3F3B3E3A3D393C38, 0x2F2B2E2A2D292C28, 0x1F1B1E1A1D191C18, 0x0F0B0E0A0D090C08,
         0x3733363235313430, 0x2723262225212420, 0x1713161215111410, 0x0703060205010400);
     __m512i codes = kind == SIGNED || kind == FP4 ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
-    const __m512i lowest = _mm512_set1_epi8((char)plan->coding.lowest), highest = _mm512_set1_epi8((char)plan->coding.highest);
+    const __m512i lowest = _mm512_set1_epi8((char)plan->coding.lowest);
+    const __m512i highest = _mm512_set1_epi8((char)plan->coding.highest);
     if (kind == SIGNED) codes = _mm512_min_epi8(_mm512_max_epi8(codes, lowest), highest);
     if (kind == UNSIGNED) codes = _mm512_min_epu8(codes, highest);
     if (kind == FP8) codes = _mm512_min_epu8(codes, _mm512_set1_epi8(0x7E));

@@ -47,14 +47,18 @@ VECTOR __m512i halves(__m512i a, __m512i b, int by, int is_bf16) {
 /* Each of part[0..7] holds the candidates of two groups in its halves. To the best of each, as fp32 in the order that
  * `order` says, given as the places of the lower halves' groups, then of the upper halves'. */
 VECTOR __m512 best_of_each(__m512i part[8], __m512i order, int by, int is_bf16) {
-    for (int i = 0; i < 4; i++)
-        part[i] = best(_mm512_shuffle_i64x2(part[i], part[i + 4], 0x88), _mm512_shuffle_i64x2(part[i], part[i + 4], 0xDD),
-                       by, is_bf16);
-    for (int i = 0; i < 2; i++)
-        part[i] = best(_mm512_unpacklo_epi64(part[i], part[i + 2]), _mm512_unpackhi_epi64(part[i], part[i + 2]), by, is_bf16);
+    __m512i even, odd;
+    for (int i = 0; i < 4; i++) {
+        even = _mm512_shuffle_i64x2(part[i], part[i + 4], 0x88), odd = _mm512_shuffle_i64x2(part[i], part[i + 4], 0xDD);
+        part[i] = best(even, odd, by, is_bf16);
+    }
+    for (int i = 0; i < 2; i++) {
+        even = _mm512_unpacklo_epi64(part[i], part[i + 2]), odd = _mm512_unpackhi_epi64(part[i], part[i + 2]);
+        part[i] = best(even, odd, by, is_bf16);
+    }
     __m512 a = _mm512_castsi512_ps(part[0]), b = _mm512_castsi512_ps(part[1]);
-    __m512i found = best(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xDD)),
-                         by, is_bf16);
+    even = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), odd = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xDD));
+    __m512i found = best(even, odd, by, is_bf16);
     if (is_bf16) found = best(found, _mm512_rol_epi32(found, 16), by, 1);
     found = from_keys(_mm512_permutexvar_epi32(order, found), by, is_bf16);
     return _mm512_castsi512_ps(is_bf16 ? _mm512_and_si512(found, _mm512_set1_epi32((int)0xFFFF0000)) : found);
@@ -77,8 +81,9 @@ VECTOR __m512i best_of_group(const uint8_t *row, int64_t start, int64_t stop, in
     return all;
 }
 
-/* The best values of all groups to `found`, 16 groups at a time. `size` is that of groups, a constant for usual ones. */
-VECTOR void best_of_groups(float *found, const uint8_t *row, const Layout *at, const int64_t size, int is_bf16, int by) {
+/* The best values of all groups to `found`, 16 groups at a time. `size` is theirs, a constant for usual ones. */
+VECTOR void best_of_groups(float *found, const uint8_t *row, const Layout *at, const int64_t size, int is_bf16,
+                           int by) {
     const __m512i by_halves = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
     const __m512i by_pairs = _mm512_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7, 8, 12, 10, 14, 9, 13, 11, 15);
     const int64_t n = at->body, step = is_bf16 ? 32 : 16;
@@ -211,8 +216,8 @@ VECTOR void prescale(float *to, const uint8_t *from, const float *scale, int64_t
     }
 }
 
-/* Write rows, TOGETHER or one, into those of a packet, but for outliers and gaps. Returns a bit for each that it cannot:
- * a value is not finite, or about to be. */
+/* Write rows, TOGETHER or one, into those of a packet, but for outliers and gaps. Returns a bit for each that it
+ * cannot, as a value is not finite, or about to be. */
 AVX512 static int encode_rows512(Encode512 *plan, const Rows *rows) {
     const Layout *at = plan->at;
     const int is_bf16 = plan->is_bf16;

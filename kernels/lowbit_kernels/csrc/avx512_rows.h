@@ -31,12 +31,6 @@ VECTOR void repeat_groups(float *to, const float *of_group, const Layout *at) {
     }
 }
 
-VECTOR int all_small(const float *restrict numbers, int64_t n) {
-    uint32_t bits = 0;
-    for (int64_t i = 0; i < n; i++) bits |= as_bits(numbers[i]);
-    return (bits & EXPONENT) < 192u << 23;
-}
-
 VECTOR void read_e4m3_scales(const Layout *at, const uint8_t *row, float *scale) {
     const __m512 row_scale = _mm512_set1_ps(bf16_value(load_u16(row + at->row_scale_offset)));
     __m512i table[4];
@@ -75,31 +69,18 @@ VECTOR void read_codes(const Decode512 *plan, int64_t index, const uint8_t *row)
         memcpy(plan->tail + BLOCK * index, plan->rank[index].codes + at->body - left, (size_t)left);
 }
 
-/* Rows t to t + T of R packets. */
-typedef struct {
-    const uint8_t *const *packets;
-    const int64_t *row_nbytes;
-    int64_t t, T;
-} Packets;
-
-/* Sums with static scales, of several rows at once: of so many that sums and scales fit in registers. */
-AVX512 static void decode_static512(Decode512 *plan, const Packets *from, float *out, int64_t out_row_values, int add) {
-    const int64_t R = plan->R;
-    for (int64_t t = 0, count; t < from->T; t += count) {
-        count = from->T - t < 2 ? 1 : R > 1 ? 2 : from->T - t < TOGETHER ? 1 : TOGETHER;
-        for (int64_t q = 0; q < count; q++)
-            for (int64_t r = 0; r < R; r++)
-                read_codes(plan, q * R + r, from->packets[r] + (from->t + t + q) * from->row_nbytes[r]);
-        const Out to = {out + t * out_row_values, out_row_values, plan->at->features, add, !plan->tame || add,
-                        add ? plan->body.mask : 0};
-        if (count == TOGETHER) decode_static_of_four(plan, &to);
-        else if (count == 2) sum_static_of_two(plan, &to);
-        else sum_static(plan, &to);
-    }
+/* Sums with static scales, of `count` rows at once. */
+VECTOR void decode_static512(Decode512 *plan, const uint8_t *const *rows, int64_t count, float *out,
+                             int64_t out_row_values, int add) {
+    const Out to = {out, out_row_values, plan->at->features, add, !plan->tame || add, add ? plan->body.mask : 0};
+    for (int64_t i = 0; i < count * plan->R; i++) read_codes(plan, i, rows[i]);
+    if (count == TOGETHER) decode_static_of_four(plan, &to);
+    else if (count == 2) sum_static_of_two(plan, &to);
+    else sum_static(plan, &to);
 }
 
 /* One row of sums with scales of groups. */
-AVX512 static void decode_groups512(Decode512 *plan, const uint8_t *const *rows, float *out, int add) {
+VECTOR void decode_groups512(Decode512 *plan, const uint8_t *const *rows, float *out, int add) {
     const Layout *at = plan->at;
     int tame = plan->tame && !add;
     for (int64_t r = 0; r < plan->R; r++) {
@@ -116,15 +97,20 @@ AVX512 static void decode_groups512(Decode512 *plan, const uint8_t *const *rows,
     if (at->outliers) spread_sums(out, plan->sum, &plan->body, at->features, add);
 }
 
-/* Write sums of R packet rows into rows of out, or add those of one packet. `rows`: room for R pointers. */
-AVX512 static void decode_rows512(Decode512 *plan, const Packets *from, const uint8_t **rows, float *out,
-                                  int64_t out_row_values, int add) {
-    if (!plan->at->group_size) decode_static512(plan, from, out, out_row_values, add);
-    for (int64_t t = 0; t < from->T; t++) {
-        for (int64_t r = 0; r < plan->R; r++) rows[r] = from->packets[r] + (from->t + t) * from->row_nbytes[r];
-        if (plan->at->group_size) decode_groups512(plan, rows, out + t * out_row_values, add);
-        add_outliers(plan->at, out + t * out_row_values, rows, plan->R, add, plan->outlier_index);
+/* Write the sums of R packet rows, for the first of `left` rows, into rows of out, or add those of one packet. Returns
+ * how many it took: with static scales so many that these and the sums fit in registers. `rows`: R for each. */
+AVX512 static int64_t decode_rows512(Decode512 *plan, const uint8_t *const *rows, int64_t left, float *out,
+                                     int64_t out_row_values, int add) {
+    int64_t count = 1;
+    if (plan->at->group_size) {
+        decode_groups512(plan, rows, out, add);
+    } else {
+        count = left < 2 ? 1 : plan->R > 1 ? 2 : left < TOGETHER ? 1 : TOGETHER;
+        decode_static512(plan, rows, count, out, out_row_values, add);
     }
+    for (int64_t q = 0; q < count; q++)
+        add_outliers(plan->at, out + q * out_row_values, rows + q * plan->R, plan->R, add, plan->outlier_index);
+    return count;
 }
 
 #endif

@@ -37,15 +37,19 @@ VECTOR void store_sums(const Out *out, int64_t q, int64_t b, __m512 sum[4]) {
 /* Values of the body among 64 features, without scale. What is not body is arbitrary. */
 VECTOR void static_values(const Decode512 *plan, const uint8_t *codes, uint64_t mask, int64_t before,
                           const Nibbles *nibbles, const __m512i *e4m3, __m512 nibble, const int way, __m512 v[4]) {
+    const uint8_t *from = codes + (way == NIBBLES ? before / 2 : before);
     const int64_t count = (int64_t)_mm_popcnt_u64(mask);
+    const int64_t nbytes = way == NIBBLES ? (count + (before & 1) + 1) / 2 : count;
+    __m512i all;
+    /* a whole vector where there is one, which is faster */
+    if (from + BLOCK <= codes + plan->readable) all = _mm512_loadu_si512(from);
+    else all = _mm512_maskz_loadu_epi8(first64(nbytes), from);
     if (way == NIBBLES) {
-        const __mmask64 bytes = first64((count + (before & 1) + 1) / 2);
         __m512i index[4];
-        nibble_codes(_mm512_maskz_loadu_epi8(bytes, codes + before / 2), nibbles, index);
+        nibble_codes(all, nibbles, index);
         for (int k = 0; k < 4; k++) v[k] = _mm512_permutexvar_ps(index[k], nibble);
         return;
     }
-    __m512i all = _mm512_maskz_loadu_epi8(first64(count), codes + before);
     if (plan->body.mask) all = _mm512_maskz_expand_epi8(mask, all);
     if (way == E4M3_BYTES) {
         e4m3_values(all, e4m3, v);
@@ -58,7 +62,7 @@ VECTOR void static_values(const Decode512 *plan, const uint8_t *codes, uint64_t 
     const __mmask64 lost = _mm512_cmpeq_epi8_mask(all, _mm512_set1_epi8((char)plan->lost));
     if (lost)
         for (int k = 0; k < 4; k++)
-            v[k] = _mm512_mask_mov_ps(v[k], (__mmask16)(lost >> 16 * k), _mm512_castsi512_ps(_mm512_set1_epi32((int)NAN_BITS)));
+            v[k] = _mm512_mask_mov_ps(v[k], (__mmask16)(lost >> 16 * k), _mm512_set1_ps(as_float(NAN_BITS)));
 }
 
 /* Sums of `count` rows with static scales, which are read once for all of them. `of_one`: of one packet. */
@@ -102,16 +106,18 @@ VECTOR void sum_static_of(const Decode512 *plan, const Out *out, const int count
 
 /* Numbers of the 4 vectors of block b. `g`: its group, where groups are of whole blocks. */
 VECTOR void group_numbers(const float *of_group, int64_t b, int64_t g, int scales, __m512 v[4]) {
-    for (int k = 0; k < 4; k++)
-        v[k] = scales == EACH_FP32 ? _mm512_loadu_ps(of_group + BLOCK * b + 16 * k)
-               : _mm512_set1_ps(of_group[scales == GROUPS_OF_16 ? 4 * b + k : scales == GROUPS_OF_32 ? 2 * b + k / 2 : g]);
+    for (int k = 0; k < 4; k++) {
+        const int64_t group = scales == GROUPS_OF_16 ? 4 * b + k : scales == GROUPS_OF_32 ? 2 * b + k / 2 : g;
+        v[k] = scales == EACH_FP32 ? _mm512_loadu_ps(of_group + BLOCK * b + 16 * k) : _mm512_set1_ps(of_group[group]);
+    }
 }
 
 /* Values of block b of one rank. Nibbles are looked up in tables that have what values of a group share in them. */
 VECTOR void group_values(const Decode512 *plan, const Rank512 *rank, int64_t b, int64_t g, int64_t left,
                          const Nibbles *nibbles, const __m512i *e4m3, __m512 nibble, const int way, const int scales,
                          __m512 v[4]) {
-    const int asymmetric = (int)plan->at->asymmetric, shared = scales == GROUPS_OF_64 ? 4 : scales == GROUPS_OF_32 ? 2 : 1;
+    const int shared = scales == GROUPS_OF_64 ? 4 : scales == GROUPS_OF_32 ? 2 : 1; /* vectors of a group */
+    const int asymmetric = (int)plan->at->asymmetric;
     __m512 scale[4], minimum[4];
     group_numbers(rank->scale, b, g, scales, scale);
     if (asymmetric) group_numbers(rank->minimum, b, g, scales, minimum);

@@ -46,7 +46,10 @@ static int ascending(const Layout *at, const int64_t *index) {
     return 1;
 }
 
-static CLONES void encode_plain(EncodePlan *plan, const uint8_t *x, uint8_t *packet) { encode_row(plan, x, packet); }
+static CLONES void encode_plain(EncodePlan *plan, const uint8_t *x, uint8_t *packet) {
+    if (plan->is_bf16) encode_row(plan, x, packet, 1);
+    else encode_row(plan, x, packet, 0);
+}
 
 static CLONES void decode_plain(DecodePlan *plan, const uint8_t *const *rows, float *out, int add) {
     decode_row(plan, rows, out, add);
@@ -102,28 +105,31 @@ typedef struct {
 } Decoder;
 
 static void plan_decoder(Decoder *decoder, const Layout *at, Static with, int64_t R, Arena *from) {
-    decoder->rows = take(from, R, sizeof(uint8_t *));
+    decoder->rows = take(from, TOGETHER * R, sizeof(uint8_t *));
     plan_decode(&decoder->plain, at, with, R, from);
     decoder->fast = at->bits <= 8 && lowbit_uses_avx512();
 #ifdef HAS_AVX512
     if (decoder->fast) decoder->fast = plan_decode512(&decoder->wide, at, with, R, from);
 #endif
-    if (from->base && !decoder->fast) fill_decode_tables(&decoder->plain);
+    if (from->base && !decoder->fast) prepare_decode(&decoder->plain);
 }
 
 /* Decode rows t to t + T of R packets. */
 static void run_decoder(Decoder *decoder, const uint8_t *const *packets, const int64_t *packet_row_nbytes, int64_t t,
                         int64_t T, float *out, int64_t out_row_values, int add) {
+    const int64_t R = decoder->plain.R, stop = t + T;
+    for (int64_t count; t < stop; t += count, out += count * out_row_values) {
+        count = least(TOGETHER, stop - t);
+        for (int64_t q = 0; q < count; q++)
+            for (int64_t r = 0; r < R; r++) decoder->rows[q * R + r] = packets[r] + (t + q) * packet_row_nbytes[r];
 #ifdef HAS_AVX512
-    if (decoder->fast) {
-        const Packets from = {packets, packet_row_nbytes, t, T};
-        decode_rows512(&decoder->wide, &from, decoder->rows, out, out_row_values, add);
-        return;
-    }
+        if (decoder->fast) {
+            count = decode_rows512(&decoder->wide, decoder->rows, count, out, out_row_values, add);
+            continue;
+        }
 #endif
-    for (const int64_t stop = t + T; t < stop; t++, out += out_row_values) {
-        for (int64_t r = 0; r < decoder->plain.R; r++) decoder->rows[r] = packets[r] + t * packet_row_nbytes[r];
-        decode_plain(&decoder->plain, decoder->rows, out, add);
+        for (int64_t q = 0; q < count; q++)
+            decode_plain(&decoder->plain, decoder->rows + q * R, out + q * out_row_values, add);
     }
 }
 
@@ -152,8 +158,8 @@ EXPORT int lowbit_encode(const Layout *at, const uint8_t *x, int64_t x_row_nbyte
     return DONE;
 }
 
-/* Write the sum of R packets, in rank order, into out (T rows of fp32), or add that of one. Packet strides are in bytes,
- * one a packet; all others in values. */
+/* Write the sum of R packets, in rank order, into out (T rows of fp32), or add that of one. Strides of packets are in
+ * bytes, one a packet, all others in values. */
 EXPORT int lowbit_decode_sum(const Layout *at, const uint8_t *const *packets, const int64_t *packet_row_nbytes,
                              int64_t R, int64_t T, float *out, int64_t out_row_values, const float *scale,
                              int64_t scale_row, const float *minimum, int64_t minimum_row, const int64_t *outlier_index,
@@ -193,17 +199,20 @@ EXPORT int lowbit_requantize(const Layout *at, const uint8_t *const *packets, co
     void *room;
     if (!ascending(at, outlier_index) || !ascending(gather, gather_outlier_index)) return BAD_OUTLIER_INDEX;
     plan_decoder(&decoder, at, with, R, &arena), plan_encoder(&encoder, gather, gather_with, 0, &arena);
-    take(&arena, at->features, 4);
+    take(&arena, TOGETHER * at->features, 4);
     if (!allocate(&arena, &room)) return NO_MEMORY;
     plan_decoder(&decoder, at, with, R, &arena), plan_encoder(&encoder, gather, gather_with, 0, &arena);
-    float *sum = take(&arena, at->features, 4);
-    for (int64_t t = 0; t < T; t++) {
-        run_decoder(&decoder, packets, packet_row_nbytes, t, 1, sum, 0, 0);
-        run_encoder(&encoder, (const uint8_t *)sum, 0, packet + t * to_row_nbytes, 0, 1);
+    float *sum = take(&arena, TOGETHER * at->features, 4);
+    /* Several rows at once where that saves reading static numbers, else one, which stays closer. */
+    const int64_t together = at->group_size && gather->group_size ? 1 : TOGETHER;
+    for (int64_t t = 0, count; t < T; t += count, packet += count * to_row_nbytes) {
+        count = least(together, T - t);
+        run_decoder(&decoder, packets, packet_row_nbytes, t, count, sum, at->features, 0);
+        run_encoder(&encoder, (const uint8_t *)sum, 4 * at->features, packet, to_row_nbytes, count);
     }
     free(room);
     return DONE;
 }
 
-/* setuptools expects a module here. It is loaded with ctypes, so that it needs neither Python.h nor a Python version. */
+/* setuptools expects a module here. It is loaded with ctypes: it needs neither Python.h nor a Python version. */
 EXPORT void *PyInit__codec(void) { return 0; }

@@ -1,6 +1,6 @@
 /* Encoding one row in plain C: for every layout, input and machine. See rows.h.
  *
- * Rounding: adding 1.5 * 2^23 rounds half to even and leaves the integer in the low bits of the sum, in two's complement.
+ * Rounding: adding 1.5 * 2^23 rounds half to even and leaves the integer in the low bits, in two's complement.
  * The clamp follows, on those bits as a signed integer: they order as the sums do, and what lies too far out for the
  * addition to be exact (infinite products included) is clamped whatever it is; sums below 0 are negative integers too.
  */
@@ -47,30 +47,50 @@ INLINE uint8_t code_of(float product, int kind, int lowest, int highest) {
     return (uint8_t)(code == 8 ? 0 : code);
 }
 
-INLINE void codes_static(uint8_t *restrict codes, const float *restrict body, const Coding *coding,
-                         const float *restrict inverse, const float *restrict minimum, int64_t n, int kind,
-                         int has_minimum) {
+/* `body`: n values of bf16 or fp32. */
+INLINE void codes_static(uint8_t *restrict codes, const uint8_t *restrict body, const int is_bf16,
+                         const Coding *coding, const float *restrict inverse, const float *restrict minimum, int64_t n,
+                         int kind, int has_minimum, int finite) {
     const int lowest = coding->lowest, highest = coding->highest;
     const uint8_t lost = (uint8_t)coding->lost;
     for (int64_t i = 0; i < n; i++) {
-        float x = has_minimum ? body[i] - minimum[i] : body[i];
+        uint32_t bits = element_bits(body, i, is_bf16);
+        float x = has_minimum ? as_float(bits) - minimum[i] : as_float(bits);
         uint8_t code = code_of(x * inverse[i], kind, lowest, highest);
-        codes[i] = (as_bits(body[i]) & EXPONENT) == EXPONENT ? lost : code;
+        codes[i] = !finite && (bits & EXPONENT) == EXPONENT ? lost : code;
     }
 }
 
-/* Codes of a group, of which all are finite: without a minimum it is 0, whose subtraction changes no product. */
-INLINE void codes_group(uint8_t *restrict codes, const float *restrict body, int64_t n, float inverse, float minimum,
-                        int kind, int lowest, int highest) {
-    for (int64_t i = 0; i < n; i++) codes[i] = code_of((body[i] - minimum) * inverse, kind, lowest, highest);
+INLINE int all_finite(const uint8_t *restrict body, const int is_bf16, int64_t n) {
+    if (is_bf16) {
+        uint16_t highest = 0;
+        for (int64_t i = 0; i < n; i++) {
+            uint16_t magnitude = load_u16(body + 2 * i) & 0x7FFF;
+            highest = magnitude > highest ? magnitude : highest;
+        }
+        return highest < 0x7F80;
+    }
+    int32_t highest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t magnitude = (int32_t)(load_u32(body + 4 * i) & ~SIGN);
+        highest = magnitude > highest ? magnitude : highest;
+    }
+    return highest < (int32_t)EXPONENT;
 }
 
-/* The value of largest magnitude of a group, positive on a tie (or that magnitude), NaN where a value is not finite. The
+/* Codes of a group, of which all are finite: without a minimum it is 0, whose subtraction changes no product. */
+INLINE void codes_group(uint8_t *restrict codes, const uint8_t *restrict body, const int is_bf16, int64_t n,
+                        float inverse, float minimum, int kind, int lowest, int highest) {
+    for (int64_t i = 0; i < n; i++)
+        codes[i] = code_of((as_float(element_bits(body, i, is_bf16)) - minimum) * inverse, kind, lowest, highest);
+}
+
+/* The value of largest magnitude of a group, positive on a tie (or that magnitude); NaN where one is not finite. The
  * order of magnitudes is that of their bits as integers, whose maximum, unlike that of floats, vectorises. */
-INLINE float group_peak(const float *restrict body, int64_t n, int is_signed) {
+INLINE float group_peak(const uint8_t *restrict body, const int is_bf16, int64_t n, int is_signed) {
     int32_t positive = 0, negative = 0; /* a value of the other sign is a negative integer: it never wins */
     for (int64_t i = 0; i < n; i++) {
-        int32_t v = (int32_t)as_bits(body[i]), w = (int32_t)(as_bits(body[i]) ^ SIGN);
+        int32_t v = (int32_t)element_bits(body, i, is_bf16), w = (int32_t)((uint32_t)v ^ SIGN);
         positive = v > positive ? v : positive;
         negative = w > negative ? w : negative;
     }
@@ -79,12 +99,12 @@ INLINE float group_peak(const float *restrict body, int64_t n, int is_signed) {
     return as_float(is_signed && negative > positive ? highest | SIGN : highest);
 }
 
-/* The largest value (returned) and the smallest of a group; NaN where one is not finite. Integers again: bits of negative
- * values, but for the sign, turned round, which puts -0 below 0. */
-INLINE float group_range(const float *restrict body, int64_t n, float *lowest) {
+/* The largest value (returned) and the smallest of a group; NaN where one is not finite. Integers again: the bits of
+ * negative values, but for the sign, turned round, which puts -0 below 0. */
+INLINE float group_range(const uint8_t *restrict body, const int is_bf16, int64_t n, float *lowest) {
     int32_t low = INT32_MAX, high = INT32_MIN;
     for (int64_t i = 0; i < n; i++) {
-        int32_t v = (int32_t)as_bits(body[i]);
+        int32_t v = (int32_t)element_bits(body, i, is_bf16);
         v ^= (v >> 31) & 0x7FFFFFFF;
         low = v < low ? v : low;
         high = v > high ? v : high;
@@ -94,58 +114,68 @@ INLINE float group_range(const float *restrict body, int64_t n, float *lowest) {
     return as_float((uint32_t)(high ^ ((high >> 31) & 0x7FFFFFFF)));
 }
 
-INLINE void encode_groups(EncodePlan *plan, const float *body, uint8_t *codes, uint8_t *packet) {
+INLINE void encode_groups(EncodePlan *plan, const uint8_t *body, const int is_bf16, uint8_t *codes, uint8_t *packet) {
     const Layout *at = plan->at;
+    const Coding *as = &plan->coding;
     const int is_signed = peak_is_signed(at);
+    const int64_t size = at->group_size, nbytes = is_bf16 ? 2 : 4;
     for (int64_t g = 0; g < at->groups; g++) {
-        const float *group = body + g * at->group_size;
-        int64_t size = least(at->group_size, at->body - g * at->group_size);
-        plan->peak[g] = at->asymmetric ? group_range(group, size, plan->lowest + g) : group_peak(group, size, is_signed);
+        const uint8_t *group = body + nbytes * g * size;
+        const int64_t n = least(size, at->body - g * size);
+        if (at->asymmetric) plan->peak[g] = group_range(group, is_bf16, n, plan->lowest + g);
+        else plan->peak[g] = group_peak(group, is_bf16, n, is_signed);
     }
     if (at->asymmetric) group_minimums(at, plan->peak, plan->lowest, packet);
     group_scales(at, plan->peak, plan->inverse, packet);
-    for (int64_t g = 0; g < at->groups; g++) {
-        const int64_t start = g * at->group_size, size = least(at->group_size, at->body - start);
-        const Coding *as = &plan->coding;
+    for (int64_t g = 0; g < at->groups; g++, codes += size, body += nbytes * size) {
+        const int64_t n = least(size, at->body - g * size);
         const float inverse = plan->inverse[g], minimum = at->asymmetric ? plan->lowest[g] : 0.0f;
-        if (plan->peak[g] != plan->peak[g] || minimum != minimum) memset(codes + start, 0, (size_t)size);
-        else if (as->kind == INTEGER)
-            codes_group(codes + start, body + start, size, inverse, minimum, INTEGER, as->lowest, as->highest);
-        else if (as->kind == E4M3) codes_group(codes + start, body + start, size, inverse, 0.0f, E4M3, 0, 0);
-        else codes_group(codes + start, body + start, size, inverse, 0.0f, E2M1, 0, 0);
+        if (plan->peak[g] != plan->peak[g] || minimum != minimum) memset(codes, 0, (size_t)n);
+        else if (as->kind == E4M3) codes_group(codes, body, is_bf16, n, inverse, 0.0f, E4M3, 0, 0);
+        else if (as->kind == E2M1) codes_group(codes, body, is_bf16, n, inverse, 0.0f, E2M1, 0, 0);
+        else codes_group(codes, body, is_bf16, n, inverse, minimum, INTEGER, as->lowest, as->highest);
     }
 }
 
+/* Body values as they are: bf16 and fp32 to one of these. */
+INLINE void store_plain(uint8_t *restrict to, const uint8_t *restrict body, const int is_bf16, int64_t n, int bits) {
+    if (bits == 32)
+        for (int64_t i = 0; i < n; i++)
+            store_u32(to + 4 * i, as_bits(one_nan(as_float(element_bits(body, i, is_bf16)))));
+    else if (is_bf16) for (int64_t i = 0; i < n; i++) store_u16(to + 2 * i, one_nan_bf16(load_u16(body + 2 * i)));
+    else for (int64_t i = 0; i < n; i++) store_u16(to + 2 * i, bf16_bits(load_u32(body + 4 * i)));
+}
+
+INLINE void multiply(float *restrict to, const uint8_t *restrict body, const int is_bf16,
+                     const float *restrict inverse, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to[i] = as_float(element_bits(body, i, is_bf16)) * inverse[i];
+}
+
 /* Write one row of x into one of the packet. */
-INLINE void encode_row(EncodePlan *plan, const uint8_t *x, uint8_t *packet) {
+INLINE void encode_row(EncodePlan *plan, const uint8_t *x, uint8_t *packet, const int is_bf16) {
     const Layout *at = plan->at;
     const int64_t n = at->body;
-    const int is_bf16 = plan->is_bf16;
-    const uint8_t *from = x;
-    float *restrict body = plan->body;
+    const float *inverse = plan->with.scale, *minimum = plan->with.minimum;
+    const Coding *as = &plan->coding;
+    const uint8_t *body = x;
+    uint8_t *codes = plan->codes;
     if (at->outliers) {
         move_body(plan->compacted, x, at, plan->with.outlier_index, &plan->pieces, is_bf16 ? 2 : 4, 0);
-        from = plan->compacted;
+        body = plan->compacted;
     }
-    if (at->bits == 16) {
-        for (int64_t i = 0; i < n; i++) store_u16(packet + 2 * i, bf16_bits(element_bits(from, i, is_bf16)));
+    if (at->bits > 8) {
+        store_plain(packet, body, is_bf16, n, (int)at->bits);
         return;
     }
-    if (is_bf16) for (int64_t i = 0; i < n; i++) body[i] = as_float((uint32_t)load_u16(from + 2 * i) << 16);
-    else memcpy(body, from, (size_t)(4 * n));
-    if (at->bits == 32) {
-        for (int64_t i = 0; i < n; i++) store_u32(packet + 4 * i, as_bits(one_nan(body[i])));
-        return;
-    }
-    uint8_t *codes = plan->codes;
-    const float *scale = plan->with.scale, *minimum = plan->with.minimum;
-    if (at->group_size) {
-        if (at->prescaled) for (int64_t i = 0; i < n; i++) body[i] *= scale[i];
-        encode_groups(plan, body, codes, packet);
-    } else if (at->values == E4M3) codes_static(codes, body, &plan->coding, scale, 0, n, E4M3, 0);
-    else if (at->values == E2M1) codes_static(codes, body, &plan->coding, scale, 0, n, E2M1, 0);
-    else if (at->asymmetric) codes_static(codes, body, &plan->coding, scale, minimum, n, INTEGER, 1);
-    else codes_static(codes, body, &plan->coding, scale, 0, n, INTEGER, 0);
+    if (at->prescaled) {
+        multiply(plan->body, body, is_bf16, inverse, n);
+        encode_groups(plan, (const uint8_t *)plan->body, 0, codes, packet);
+    } else if (at->group_size) encode_groups(plan, body, is_bf16, codes, packet);
+    else if (as->kind == E4M3) codes_static(codes, body, is_bf16, as, inverse, 0, n, E4M3, 0, 0);
+    else if (as->kind == E2M1) codes_static(codes, body, is_bf16, as, inverse, 0, n, E2M1, 0, 0);
+    else if (at->asymmetric) codes_static(codes, body, is_bf16, as, inverse, minimum, n, INTEGER, 1, 0);
+    else if (!all_finite(body, is_bf16, n)) codes_static(codes, body, is_bf16, as, inverse, 0, n, INTEGER, 0, 0);
+    else codes_static(codes, body, is_bf16, as, inverse, 0, n, INTEGER, 0, 1);
     memset(codes + n, 0, 8);
     pack_planes(at, packet, codes);
     clear_gaps(at, packet);

@@ -20,7 +20,7 @@ typedef struct { int bits, mantissa_bits; uint32_t lowest; float largest; } Smal
 #define AS_E2M1 ((SmallFloat){4, 1, 127u << 23, 6.0f})
 
 INLINE Coding coding_of(const Layout *at) {
-    const int top = 1 << (at->bits - 1);
+    const int top = at->bits > 8 ? 1 : 1 << (at->bits - 1); /* plain values have no codes */
     Coding coding = {(int)at->values, !at->asymmetric, -top, top - 1, 0};
     if (at->asymmetric) {
         coding.lowest = 0, coding.highest = 2 * top - 1;
@@ -56,24 +56,14 @@ INLINE float small_float_value(uint32_t code, SmallFloat as) {
     return as.bits == 8 && magnitude == 0x7F ? as_float(NAN_BITS) : value;
 }
 
-INLINE float code_value(uint32_t code, const Layout *at) {
-    const uint32_t sign = 1u << (at->bits - 1);
-    if (at->values == E4M3) return small_float_value(code, AS_E4M3);
-    if (at->values == E2M1) return small_float_value(code, AS_E2M1);
-    return at->asymmetric ? (float)code : (float)((int32_t)(code ^ sign) - (int32_t)sign);
-}
-
-/* Values of all codes, before any scale; with static scales, NaN for the code that says "not finite". */
-INLINE void code_values(float *values, const Layout *at) {
-    for (uint32_t code = 0; code < 1u << at->bits; code++) values[code] = code_value(code, at);
-    if (!at->group_size) values[coding_of(at).lost] = as_float(NAN_BITS);
-}
-
 INLINE uint16_t raised(uint16_t bf16_scale) {
     return bf16_value(bf16_scale & 0x7FFF) < SCALE_FLOOR ? bf16_bits(as_bits(SCALE_FLOOR)) : bf16_scale;
 }
 
-INLINE float e8m0_value(uint32_t byte) { return byte == 255 ? as_float(NAN_BITS) : as_float((byte < 27 ? 27 : byte) << 23); }
+/* A power of two; smaller ones than 2^-100 do not occur, and read as that. */
+INLINE float e8m0_value(uint32_t byte) {
+    return byte == 255 ? as_float(NAN_BITS) : as_float((byte < 27 ? 27 : byte) << 23);
+}
 
 /* Factor from the largest magnitude of a group (signed: see peak_is_signed) to the step it asks for; that of the code
  * range for asymmetric layouts. Rounded once, from double. */
@@ -107,7 +97,7 @@ INLINE int group_minimums(const Layout *at, float *restrict peak, float *restric
     return largest < 0x7F80;
 }
 
-/* Scales of all groups: their bytes, and 1 / scale. `peak` is NaN for a group that is not finite, whose bytes say so; its
+/* Scales of all groups: their bytes, and 1 / scale. `peak` is NaN for a group that is not finite: its bytes say so, its
  * inverse means nothing. */
 INLINE void group_scales(const Layout *at, const float *restrict peak, float *restrict inverse,
                          uint8_t *restrict packet) {
@@ -163,6 +153,13 @@ INLINE void read_group_sides(const Layout *at, const uint8_t *restrict row, cons
     }
     if (at->asymmetric)
         for (int64_t g = 0; g < at->groups; g++) minimum[g] = bf16_value(load_u16(row + at->minimums_offset + 2 * g));
+}
+
+/* Whether all numbers, finite ones, are far below the largest: their exponents together are a bound on each. */
+INLINE int all_small(const float *restrict numbers, int64_t n) {
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < n; i++) bits |= as_bits(numbers[i]);
+    return (bits & EXPONENT) < 160u << 23;
 }
 
 #endif

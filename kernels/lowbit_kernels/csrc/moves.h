@@ -112,9 +112,13 @@ INLINE void store_outliers(const Layout *at, uint8_t *restrict packet, const uin
         const int64_t count = least(BLOCK, at->outliers - start), *restrict index = outlier_index + start;
         uint8_t *restrict to = packet + at->outliers_offset + 2 * start;
         uint32_t bits[BLOCK];
-        if (is_bf16) for (int64_t k = 0; k < count; k++) bits[k] = (uint32_t)load_u16(x + 2 * index[k]) << 16;
-        else for (int64_t k = 0; k < count; k++) bits[k] = load_u32(x + 4 * index[k]);
-        for (int64_t k = 0; k < count; k++) store_u16(to + 2 * k, bf16_bits(bits[k]));
+        if (is_bf16) {
+            for (int64_t k = 0; k < count; k++) store_u16(to + 2 * k, load_u16(x + 2 * index[k]));
+            for (int64_t k = 0; k < count; k++) store_u16(to + 2 * k, one_nan_bf16(load_u16(to + 2 * k)));
+        } else {
+            for (int64_t k = 0; k < count; k++) bits[k] = load_u32(x + 4 * index[k]);
+            for (int64_t k = 0; k < count; k++) store_u16(to + 2 * k, bf16_bits(bits[k]));
+        }
     }
 }
 

@@ -44,8 +44,8 @@ typedef struct {
     int64_t row_nbytes, planes, plane_widths[3], plane_offsets[3];
 } Layout;
 
-/* The numbers known to both ends, in body order: [n] for encoding, [R, n] for decoding; null where of no use. `scale` is
- * the inverse where values are encoded. Rows are apart by so many values. */
+/* The numbers known to both ends, in body order: [n] for encoding, [R, n] for decoding; null where of no use. `scale`
+ * is the inverse where values are encoded. Rows are apart by so many values. */
 typedef struct {
     const float *scale, *minimum;
     int64_t scale_row, minimum_row;
@@ -70,6 +70,8 @@ INLINE uint16_t bf16_bits(uint32_t bits) {
     uint16_t rounded = (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
     return (bits & ~SIGN) > EXPONENT ? NAN_BF16 : rounded;
 }
+
+INLINE uint16_t one_nan_bf16(uint16_t bits) { return (uint16_t)(bits & 0x7FFF) > 0x7F80 ? NAN_BF16 : bits; }
 
 /* fp32 bits of element i of a row of fp32 or bf16. */
 INLINE uint32_t element_bits(const uint8_t *row, int64_t i, int is_bf16) {
