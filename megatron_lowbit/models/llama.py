@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_lowbit.config import ModelConfig, RopeScaling
 from megatron_lowbit.sharding import ShardRule, TensorSource
+from megatron_lowbit.stored import StoredPart
 
 MODEL_TYPES: tuple[str, ...] = ("llama", "mistral")
 
@@ -45,6 +46,7 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
         rope_scaling=scaling,
         attention_bias=bool(hf.get("attention_bias", False)),
+        attention_output_bias=bool(hf.get("attention_bias", False)),
         mlp_bias=bool(hf.get("mlp_bias", False)),
         bos_token_id=hf.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
@@ -61,6 +63,7 @@ def _rope(hf: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     if kind != "llama3":
         raise ValueError(f"{where}: rope type {kind!r} is not supported; supported: 'default', 'llama3'")
     return theta, RopeScaling(
+        kind="llama3",
         factor=float(parameters["factor"]),
         low_freq_factor=float(parameters["low_freq_factor"]),
         high_freq_factor=float(parameters["high_freq_factor"]),
@@ -102,9 +105,10 @@ def tensor_sources(config: ModelConfig) -> dict[str, TensorSource]:
                 TensorSource(prefix + "self_attn.q_proj.bias", (heads * width,), query(0)),
                 TensorSource(prefix + "self_attn.k_proj.bias", (kv_width,), key_value),
                 TensorSource(prefix + "self_attn.v_proj.bias", (kv_width,), key_value),
-                # row-parallel biases are whole on every rank: they are added once, after the reduction
-                TensorSource(prefix + "self_attn.o_proj.bias", (hidden,)),
             ]
+        if config.attention_output_bias:
+            # row-parallel biases are whole on every rank: they are added once, after the reduction
+            table.append(TensorSource(prefix + "self_attn.o_proj.bias", (hidden,)))
         if config.mlp_bias:
             table += [
                 TensorSource(prefix + "mlp.gate_proj.bias", (ffn,), columns),
@@ -115,3 +119,8 @@ def tensor_sources(config: ModelConfig) -> dict[str, TensorSource]:
     if not config.tie_embeddings:
         table.append(TensorSource("lm_head.weight", (vocabulary, hidden), vocab_rows))
     return {source.name: source for source in table}
+
+
+def stored_parts(config: ModelConfig) -> dict[str, StoredPart]:
+    """Nothing: these checkpoints keep every tensor under its canonical name."""
+    return {}

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from megatron_lowbit.config import ModelConfig
 from megatron_lowbit.models import llama
 from megatron_lowbit.sharding import TensorSource
+from megatron_lowbit.stored import StoredPart
 
 
 class Family(Protocol):
@@ -17,6 +18,8 @@ class Family(Protocol):
     def config_from_hf(self, hf: dict[str, Any], where: str) -> ModelConfig: ...
 
     def tensor_sources(self, config: ModelConfig) -> dict[str, TensorSource]: ...
+
+    def stored_parts(self, config: ModelConfig) -> dict[str, StoredPart]: ...
 
 
 FAMILIES: dict[str, Family] = {"llama": llama}
@@ -36,3 +39,9 @@ def tensor_sources(config: ModelConfig) -> dict[str, TensorSource]:
     if config.family not in FAMILIES:
         raise ValueError(f"model family {config.family!r} is unknown; known: {sorted(FAMILIES)}")
     return FAMILIES[config.family].tensor_sources(config)
+
+
+def stored_parts(config: ModelConfig) -> dict[str, StoredPart]:
+    """Canonical tensors that a Hugging Face checkpoint of this family keeps under another name or inside another."""
+    tensor_sources(config)  # refuses a family that is unknown
+    return FAMILIES[config.family].stored_parts(config)

@@ -22,7 +22,13 @@ PACKAGES = {
 # From the bottom up; a module may import its own layer and those below. Everything of megatron_lowbit that is not
 # named here (weights, generate, evaluate, tokenizer, ...) makes the layer above its models.
 LAYERS = [
-    ("megatron_lowbit.config", "megatron_lowbit.files", "megatron_lowbit.sharding", "megatron_lowbit.transport"),
+    (
+        "megatron_lowbit.config",
+        "megatron_lowbit.files",
+        "megatron_lowbit.sharding",
+        "megatron_lowbit.stored",
+        "megatron_lowbit.transport",
+    ),
     ("megatron_lowbit.parallel",),
     ("lowbit_kernels",),
     ("megatron_lowbit.comm",),
@@ -38,6 +44,7 @@ IMPORT_NOTHING_OF_OURS = (
     "megatron_lowbit.config",
     "megatron_lowbit.files",
     "megatron_lowbit.sharding",
+    "megatron_lowbit.stored",
     "megatron_lowbit.transport",
 )
 MAY_CALL_DISTRIBUTED = (

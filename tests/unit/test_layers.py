@@ -165,7 +165,9 @@ def test_rotary_equals_transformers(tiny_models, variant):
 
 def test_scaled_frequencies_by_hand():
     """Wavelengths below 128/4 stay, above 128/1 are stretched 4 times, between them it changes over smoothly."""
-    config = ModelConfig("llama", 8, 8, 1, 1, 1, 8, 4, 512, 1e-5, 10000.0, True, RopeScaling(4.0, 1.0, 4.0, 128))
+    config = ModelConfig(
+        "llama", 8, 8, 1, 1, 1, 8, 4, 512, 1e-5, 10000.0, True, RopeScaling("llama3", 4.0, 128, 1.0, 4.0)
+    )
     # wavelengths 2 pi / 10^-i: 6.28 stays; 62.8 has 128 / 62.8 = 2.0372 turns, a share of (2.0372 - 1) / (4 - 1) =
     # 0.34573 of its frequency is kept and the rest divided by 4: 0.1 * (0.34573 + 0.65427 / 4) = 0.05093
     expected = [1.0, 0.05093, 0.01 / 4, 0.001 / 4]
@@ -174,7 +176,7 @@ def test_scaled_frequencies_by_hand():
 
 def test_scaling_without_meaning_is_refused():
     with pytest.raises(ValueError, match=r"high_freq_factor 1\.0 must be above"):
-        RopeScaling(4.0, 1.0, 1.0, 24)
+        RopeScaling("llama3", 4.0, 24, 1.0, 1.0)
 
 
 def test_rotation_keeps_lengths_and_relative_positions():
