@@ -146,7 +146,7 @@ def test_config_reads_old_and_new_rotary_keys():
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key-value heads"),
         ({"vocab_size": 0}, "vocab_size is 0"),
-        ({"head_dim": 3}, "head_dim is 3"),
+        ({"head_dim": 3}, "3 of 3 features"),
     ],
 )
 def test_config_refuses_what_the_model_cannot_run(change, message):
