@@ -10,10 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowbit_kernels.layout import VALUE_BITS, PacketLayout
-
-# What a backend passes that has no `minimum` yet: it is held to the formats it knows.
-_NONE_KNOWN = torch.empty(0)
+from lowbit_kernels.layout import PacketLayout
 
 
 def check_encode(
@@ -23,7 +20,7 @@ def check_encode(
     inverse_scale: Tensor | None,
     body_index: Tensor | None,
     outlier_index: Tensor | None,
-    minimum: Tensor | None = _NONE_KNOWN,
+    minimum: Tensor | None,
 ) -> None:
     """Raise TypeError for an x that is neither fp32 nor bf16, ValueError for anything else that does not fit."""
     if x_TH.dtype not in (torch.float32, torch.bfloat16):
@@ -44,7 +41,7 @@ def check_decode(
     scale: Tensor | None,
     body_index: Tensor | None,
     outlier_index: Tensor | None,
-    minimum: Tensor | None = _NONE_KNOWN,
+    minimum: Tensor | None,
 ) -> None:
     """Raise ValueError for anything that does not fit."""
     _out("out_TH", out_TH, layout)
@@ -60,7 +57,7 @@ def check_decode_sum(
     scale_RH: Tensor | None,
     body_index: Tensor | None,
     outlier_index: Tensor | None,
-    minimum_RH: Tensor | None = _NONE_KNOWN,
+    minimum_RH: Tensor | None,
 ) -> list[Tensor]:
     """Raise ValueError for anything that does not fit; return the packets as a list of R tensors [T, B] (views)."""
     _out("out_TH", out_TH, layout)
@@ -171,16 +168,7 @@ def _static(
     """The static scales and minimums: one row for each of `senders`, or a single vector where that is empty."""
     shape = (*senders, layout.body)
     _side(scale_name, scale, shape if layout.needs_static else None, torch.float32, device)
-    if minimum is _NONE_KNOWN:
-        _refuse_what_is_new(layout)
-    else:
-        _side(minimum_name, minimum, shape if layout.needs_minimum else None, torch.float32, device)
-
-
-def _refuse_what_is_new(layout: PacketLayout) -> None:
-    known = layout.bits in (4, 8, *VALUE_BITS)
-    if not known or layout != PacketLayout(layout.features, layout.bits, layout.group_size, layout.outliers):
-        raise ValueError(f"this codec backend cannot read or write {layout} yet; take backend 'torch', which can")
+    _side(minimum_name, minimum, shape if layout.needs_minimum else None, torch.float32, device)
 
 
 def _side(

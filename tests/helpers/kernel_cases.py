@@ -214,11 +214,10 @@ def first_difference(got, expected):
     return f"{len(at)} of {got.numel()} differ, first [{token}, {column}]: {one!r} instead of {other!r}"
 
 
-def check_case(case, module, device, gather=None, add=True):
+def check_case(case, module, device, gather=None):
     """Encode, decode and sum on `module` as the reference does, for packets of values and of noise.
 
     gather: a case of the same features and tokens; where given, `requantize` from one to the other too.
-    add: decode onto what is there, too.
     """
 
     def same(got, expected, what):
@@ -234,10 +233,9 @@ def check_case(case, module, device, gather=None, add=True):
     for source in (packets, noise):
         expected = case.decoded(reference, source[0], "cpu")
         same(case.decoded(module, source[0], device), expected, "decode")
-        if add:
-            base_TH = case.values().float()
-            expected = case.added(reference, source[0], base_TH, "cpu")
-            same(case.added(module, source[0], base_TH, device), expected, "decode with add")
+        base_TH = case.values().float()
+        expected = case.added(reference, source[0], base_TH, "cpu")
+        same(case.added(module, source[0], base_TH, device), expected, "decode with add")
         expected = case.summed(reference, source, "cpu")
         same(case.summed(module, source, device), expected, f"decode_sum R={case.ranks}")
         if gather is not None:
