@@ -18,6 +18,7 @@ from megatron_lowbit.comm.all_reduce import AllReduce, SingleRankAllReduce, buil
 from megatron_lowbit.comm.policy import Policy, PolicyLog
 from megatron_lowbit.comm.saturation import SaturationCounter, SaturationLog
 from megatron_lowbit.comm.schemes import CommScheme
+from megatron_lowbit.comm.symmetric import SymmetricBuffers, reserve
 from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.config import ModelConfig
 from megatron_lowbit.layers.sharded import assign_parameters, sharded_parameters
@@ -60,8 +61,11 @@ class ModelWeights:
         that is missing or of another model or size. saturation: gets a counter for every sync point, if given. policy:
         lets small messages of a two-stage scheme go another way (the log counts which); None: the scheme at every size.
         """
+        symmetric = None
+        if backend in ("auto", "triton"):
+            symmetric = reserve(self.context, scheme.for_dtype(self.dtype), self.config.hidden_size)
         model = self.context.together(
-            lambda: self._build_with_scheme(scheme, calibration, backend, saturation, policy, policy_log)
+            lambda: self._build_with_scheme(scheme, calibration, backend, saturation, policy, policy_log, symmetric)
         )
         self.context.agree_same(repr(scheme), "the communication scheme")
         self.context.agree_same(policy and policy.to_json(), "the policy")
@@ -78,6 +82,7 @@ class ModelWeights:
         saturation: SaturationLog | None,
         policy: Policy | None,
         policy_log: PolicyLog | None,
+        symmetric: SymmetricBuffers | None,
     ) -> Decoder:
         if self.context.size == 1:
             return self.build(lambda name: SingleRankAllReduce())
@@ -92,7 +97,7 @@ class ModelWeights:
             constants = sync_point_constants(scheme, name, self.config.hidden_size, calibration, self.context.device)
             return build_all_reduce(
                 self.context, scheme, self.config.hidden_size, constants, backend, name, counter, policy, policy_log,
-                workspace, self.dtype,
+                workspace, self.dtype, symmetric=symmetric,
             )  # fmt: skip
 
         return self.build(all_reduce)

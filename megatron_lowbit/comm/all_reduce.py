@@ -14,6 +14,7 @@ from megatron_lowbit.comm.one_stage import OneStageAllReduce
 from megatron_lowbit.comm.policy import Choice, Policy, PolicyLog
 from megatron_lowbit.comm.saturation import SaturationCounter
 from megatron_lowbit.comm.schemes import CommScheme
+from megatron_lowbit.comm.symmetric import SymmetricAllReduce, SymmetricBuffers, SymmetricUpToSize
 from megatron_lowbit.comm.two_stage import AUTOMATIC, TwoStageAllReduce
 from megatron_lowbit.comm.virtual import VirtualAllReduce
 from megatron_lowbit.comm.wire_format import WireFormat
@@ -68,13 +69,15 @@ def build_all_reduce(
     workspace: Workspace | None = None,
     dtype: torch.dtype = torch.bfloat16,
     piece_nbytes: int = AUTOMATIC,
+    symmetric: SymmetricBuffers | None = None,
 ) -> AllReduce:
     """The collective of `scheme` for messages of `hidden` features.
 
     constants: index sets and scales of this sync point, `NO_CONSTANTS` for schemes that need none. name: of the sync
     point, for errors. saturation: counts what the codecs of both stages encode. policy: chooses by message size between
     the two-stage scheme, its one-stage form and the exact partials (of `dtype`); None: the scheme as it stands.
-    workspace: buffers shared with other sync points. piece_nbytes: of two stages without a policy.
+    workspace: buffers shared with other sync points. piece_nbytes: of two stages without a policy. symmetric: memory
+    that the ranks' GPUs share; two-stage messages that fit go through it, unless their saturation is counted.
     """
     if context.size == 1:
         return SingleRankAllReduce()
@@ -95,7 +98,12 @@ def build_all_reduce(
             return VirtualAllReduce(reduce_codec, gather_codec, context.traffic)
         if gather_codec is None:
             return OneStageAllReduce(context, reduce_codec, name, workspace)
-        return TwoStageAllReduce(context, reduce_codec, gather_codec, name, piece_nbytes, workspace)
+        messages = TwoStageAllReduce(context, reduce_codec, gather_codec, name, piece_nbytes, workspace)
+        if symmetric is None or saturation is not None:
+            return messages
+        return SymmetricUpToSize(
+            SymmetricAllReduce(context, scheme, hidden, constants, symmetric, name), beyond=messages
+        )
 
     if policy is None or gather_codec is None:
         return collective(reduce_codec, gather_codec, piece_nbytes)

@@ -11,6 +11,7 @@ between (`SaturationCounter`).
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import replace
 
 import torch
@@ -26,6 +27,10 @@ from megatron_lowbit.transport.base import TrafficCounter, ranks_text
 # Shapes: L ranks living in this process (1), R ranks, T tokens, H hidden features, D body features.
 
 DEFAULT_TIMEOUT_S = 30.0
+#: Tokens that a model's buffers are reserved for: prompts of usual length; longer messages go as messages.
+RESERVED_TOKENS = 2048
+
+logger = logging.getLogger(__name__)
 
 
 def why_missing(context: ParallelContext, share_gpus: bool = False) -> str:
@@ -84,6 +89,23 @@ class SymmetricBuffers:
                 f"rank {self._context.rank} waited {self._timeout_s:g} s for rank {ranks_text(lost)} at or before "
                 f"{where}; look for what that rank said"
             )
+
+
+def reserve(
+    context: ParallelContext, scheme: CommScheme, hidden: int, tokens: int = RESERVED_TOKENS
+) -> SymmetricBuffers | None:
+    """Buffers for all sync points of a model where its ranks' GPUs can address each other, else None; logged.
+
+    A collective call wherever ranks are on GPUs; on CPUs, and for schemes of one stage, nothing is asked of anybody.
+    """
+    if context.device.type != "cuda" or context.size == 1 or context.virtual or scheme.gather_stage is None:
+        return None
+    if reason := why_missing(context):
+        logger.info("sync points: messages through the process group (no symmetric memory: %s)", reason)
+        return None
+    row_nbytes = max(wire.packet_layout(hidden).row_nbytes for wire in (scheme.reduce_stage, scheme.gather_stage))
+    logger.info("sync points: symmetric memory up to %d tokens", tokens)
+    return SymmetricBuffers(context, tokens, row_nbytes)
 
 
 class SymmetricAllReduce:

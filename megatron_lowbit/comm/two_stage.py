@@ -47,6 +47,13 @@ class _Pieces(list[_Piece]):
     nbytes = 0
 
 
+def piece_count(tokens: int, row_nbytes: int, ranks: int, piece_nbytes: int = AUTOMATIC) -> int:
+    """Pieces that a message is cut into where the transport overlaps, no smaller than a token for every rank."""
+    nbytes = tokens * row_nbytes
+    count = nbytes / piece_nbytes if piece_nbytes else math.sqrt(nbytes / AUTOMATIC_PIECE_NBYTES)
+    return max(1, min(tokens // ranks, round(count)))
+
+
 class TwoStageAllReduce:
     """`full_TH = all_reduce(partial_LTH)` over real ranks (Flash Communication, arXiv 2412.04964, section 3).
 
@@ -120,16 +127,11 @@ class TwoStageAllReduce:
 
     def _pieces(self, partial_TH: torch.Tensor) -> _Pieces:
         tokens, device = partial_TH.shape[0], partial_TH.device
-        count = self._piece_count(tokens)
+        count = 1
+        if self._overlaps:
+            count = piece_count(tokens, self._row_nbytes, self._context.size, self._piece_nbytes)
         key = (tokens, count, self._layouts, device)
         return self._workspace.get(key, lambda: self._make_pieces(tokens, count, device))
-
-    def _piece_count(self, tokens: int) -> int:
-        if not self._overlaps:
-            return 1
-        nbytes = tokens * self._row_nbytes
-        count = nbytes / self._piece_nbytes if self._piece_nbytes else math.sqrt(nbytes / AUTOMATIC_PIECE_NBYTES)
-        return max(1, min(tokens // self._context.size, round(count)))
 
     def _make_pieces(self, tokens: int, count: int, device: torch.device) -> _Pieces:
         size, rank, peers = self._context.size, self._context.rank, self._context.peers

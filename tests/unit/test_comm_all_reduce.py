@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.messages import ALL_SCHEMES, draw_message, same_bits
@@ -12,7 +14,9 @@ from megatron_lowbit.comm.all_reduce import SingleRankAllReduce, build_all_reduc
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.constants import NO_CONSTANTS, SCALE_FLOOR, bf16_scale
 from megatron_lowbit.comm.one_stage import OneStageAllReduce
+from megatron_lowbit.comm.saturation import SaturationCounter
 from megatron_lowbit.comm.schemes import parse_scheme
+from megatron_lowbit.comm.symmetric import SymmetricAllReduce, SymmetricUpToSize, reserve
 from megatron_lowbit.comm.sync_point import SyncPoint
 from megatron_lowbit.comm.two_stage import TwoStageAllReduce
 from megatron_lowbit.comm.virtual import VirtualAllReduce
@@ -173,3 +177,33 @@ def test_a_dead_feature_encodes_to_zero():
     codec = Codec(WireFormat(4), 3, get_backend("torch"), None, None, bf16_scale(torch.zeros(1, 3)))
     got = codec.decode(codec.encode(torch.tensor([[0.0, -0.0, 5.0]]), sender=0), sender=0)
     assert got.isfinite().all() and got.abs().max() <= 7 * SCALE_FLOOR
+
+
+def test_symmetric_memory_takes_what_fits(monkeypatch):
+    """Where ranks share memory, messages up to the reserved size go through it and longer ones as messages."""
+    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    context = SimpleNamespace(
+        size=2, rank=0, peers=[1], virtual=False, device=torch.device("cpu"), transport=SimpleNamespace(overlaps=False)
+    )
+    buffers = SimpleNamespace(endpoint=SimpleNamespace(most_tokens=lambda row_nbytes: 4))
+
+    def build(scheme, saturation=None):
+        arguments = (context, parse_scheme(scheme), 64, NO_CONSTANTS)
+        return build_all_reduce(*arguments, saturation=saturation, symmetric=buffers)
+
+    all_reduce = build("int4-g64")
+    assert isinstance(all_reduce, SymmetricUpToSize)
+    for kind in (SymmetricAllReduce, TwoStageAllReduce):
+        monkeypatch.setattr(kind, "__call__", lambda self, partial, add_to=None: type(self))
+    assert [all_reduce(torch.zeros(1, tokens, 64)) for tokens in (0, 4, 5)] == [
+        SymmetricAllReduce, SymmetricAllReduce, TwoStageAllReduce,
+    ]  # fmt: skip
+    # what must be seen in between, or has no second stage, stays with messages
+    assert isinstance(build("int4-g64", SaturationCounter()), TwoStageAllReduce)
+    assert isinstance(build("int4-g64:one-stage"), OneStageAllReduce)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_no_memory_is_reserved_on_cpus(ranks):
+    context = ParallelContext.single() if ranks == 1 else ParallelContext.virtual_ranks(ranks)
+    assert reserve(context, parse_scheme("int4-g64"), 64) is None

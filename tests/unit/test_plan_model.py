@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 
-from lowbit_tools.plan_collectives import Link, choice_for, collective_time, piece_count, ring_time
+from lowbit_tools.plan_collectives import Link, choice_for, collective_time, ring_time
 from lowbit_tools.plan_model import Machine, pass_time, predict, scheme_pass
 from lowbit_tools.plan_shapes import ModelShape
 from lowbit_tools.plan_tables import FABRICS, MODELS, table_predictions
 from megatron_lowbit.comm.policy import Choice, Policy, default_policy
 from megatron_lowbit.comm.schemes import parse_scheme
-from megatron_lowbit.comm.two_stage import TwoStageAllReduce
 
 TINY = ModelShape("tiny", hidden=8, layers=3, heads=2, kv_heads=1, head_dim=4, ffn=6, vocab=10, tied=True)
 OUTLIER = parse_scheme("int4-outlier")
@@ -92,16 +90,6 @@ def test_pieces_overlap_coding_with_sending() -> None:
     assert whole.seconds == 1.0 + whole.wire_s + whole.codec_s
     longer, shorter = max(whole.wire_s, whole.codec_s), min(whole.wire_s, whole.codec_s)
     assert pieces.seconds == pytest.approx(1.0 + longer + shorter / 4)
-
-
-@pytest.mark.parametrize("piece_nbytes", [0, 100, 4096])
-def test_messages_are_cut_as_the_runtime_cuts_them(piece_nbytes: int) -> None:
-    context = SimpleNamespace(size=3, rank=0, peers=[1, 2], transport=SimpleNamespace(overlaps=True))
-    layout = OUTLIER.reduce_stage.packet_layout(128)
-    codec = SimpleNamespace(layout=layout)
-    runtime = TwoStageAllReduce(context, codec, codec, piece_nbytes=piece_nbytes)  # type: ignore[arg-type]
-    for tokens in (1, 2, 12, 999, 5000, 100_000):
-        assert piece_count(tokens, layout.row_nbytes, 3, piece_nbytes) == runtime._piece_count(tokens)
 
 
 def test_torchs_ring_by_hand() -> None:

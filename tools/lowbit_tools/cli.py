@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the user can fix it (one line says how), 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_args(words)
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
+    quiet = logging.WARNING if _is_first() else logging.ERROR  # all ranks choose alike: one says it
+    logging.basicConfig(level=logging.INFO if args.verbose else quiet, format="%(message)s")
     try:
         args.check(args)
         ranks = local_ranks.wanted(args)

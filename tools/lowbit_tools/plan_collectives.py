@@ -10,12 +10,11 @@ not overlap is one piece's worth of the shorter of the two.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_lowbit.comm.policy import Choice, Policy
 from megatron_lowbit.comm.schemes import CommScheme
-from megatron_lowbit.comm.two_stage import AUTOMATIC, AUTOMATIC_PIECE_NBYTES
+from megatron_lowbit.comm.two_stage import AUTOMATIC, piece_count
 from megatron_lowbit.sharding import cut_evenly
 
 
@@ -86,13 +85,6 @@ def collective_time(
     latency, wire, codec = stages * link.latency_s, wire_nbytes / link.nbytes_per_s, coded_nbytes / codec_nbytes_per_s
     seconds = latency + max(wire, codec) + min(wire, codec) / pieces
     return CollectiveTime(choice.collective, seconds, latency, wire, codec, sent_nbytes)
-
-
-def piece_count(tokens: int, row_nbytes: int, ranks: int, piece_nbytes: int) -> int:
-    """Pieces that `TwoStageAllReduce` cuts a message into where its transport overlaps."""
-    nbytes = tokens * row_nbytes
-    count = nbytes / piece_nbytes if piece_nbytes else math.sqrt(nbytes / AUTOMATIC_PIECE_NBYTES)
-    return max(1, min(tokens // ranks, round(count)))
 
 
 def ring_time(tokens: int, hidden: int, ranks: int, link: Link) -> CollectiveTime:
