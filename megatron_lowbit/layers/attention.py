@@ -54,6 +54,7 @@ class Attention(nn.Module):
         rotary_tables: tuple[torch.Tensor, torch.Tensor],
         batch: TokenBatch,
         layer_cache: tuple[torch.Tensor, torch.Tensor] | None,
+        state: object,
     ) -> torch.Tensor:
         """FP32 residual with the attention output added; `layer_cache` (keys, values) is filled in place."""
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x_TH))
@@ -64,7 +65,7 @@ class Attention(nn.Module):
             attended = self._decode(query, key, value, batch, layer_cache)
         else:
             attended = self._prefill(query, key, value, batch, layer_cache)
-        return self.o_proj(attended, residual_TH)
+        return self.o_proj(attended, residual_TH, x_TH, state)
 
     def _decode(
         self, query_BND: torch.Tensor, key_BMD: torch.Tensor, value_BMD: torch.Tensor, batch: TokenBatch,

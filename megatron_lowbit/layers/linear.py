@@ -90,6 +90,8 @@ class RowParallelLinear(ShardedModule):
             torch.mm(x_TF[:, start:stop], self.weight[:, start:stop].t(), out=out[row])
         return out
 
-    def forward(self, x_TF: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
-        """FP32 residual `[T, H]` with this layer's output added."""
-        return self.sync_point.add(self.partial(x_TF), residual_TH, self.bias)
+    def forward(
+        self, x_TF: torch.Tensor, residual_TH: torch.Tensor, block_input_TH: torch.Tensor, state: object
+    ) -> torch.Tensor:
+        """FP32 residual `[T, H]` with this layer's output added; the last two are for its sync point."""
+        return self.sync_point.add(self.partial(x_TF), residual_TH, self.bias, block_input_TH, state)

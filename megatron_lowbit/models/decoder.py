@@ -14,7 +14,8 @@ from megatron_lowbit.layers.attention import Attention
 from megatron_lowbit.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from megatron_lowbit.layers.kv_cache import KVCache, TokenBatch
 from megatron_lowbit.layers.linear import Tensors
-from megatron_lowbit.layers.mlp import SwiGLU
+from megatron_lowbit.layers.mlp import GatedMLP
+from megatron_lowbit.layers.moe import MoE
 from megatron_lowbit.layers.norm import RMSNorm
 from megatron_lowbit.layers.rotary import Rotary
 from megatron_lowbit.layers.sharded import ShardedModule
@@ -25,6 +26,8 @@ from megatron_lowbit.parallel import ParallelContext
 
 #: The collective of the sync point with this name.
 AllReduceFactory = Callable[[str], AllReduce]
+#: Makes what a scheme carries from sync point to sync point through one forward pass.
+StateFactory = Callable[[TokenBatch], object]
 
 
 class DecoderLayer(nn.Module):
@@ -48,7 +51,8 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(
             context, config, tensors, f"{prefix}.self_attn", dtype, sync_point("self_attn.o_proj")
         )
-        self.mlp = SwiGLU(context, tensors, f"{prefix}.mlp", dtype, sync_point("mlp.down_proj"))
+        feed_forward = MoE if config.is_moe(layer) else GatedMLP
+        self.mlp = feed_forward(context, config, tensors, f"{prefix}.mlp", dtype, sync_point("mlp.down_proj"))
 
     def forward(
         self,
@@ -56,20 +60,24 @@ class DecoderLayer(nn.Module):
         rotary_tables: tuple[torch.Tensor, torch.Tensor],
         batch: TokenBatch,
         layer_cache: tuple[torch.Tensor, torch.Tensor] | None,
+        state: object,
     ) -> torch.Tensor:
-        residual_TH = self.self_attn(self.input_layernorm(residual_TH), residual_TH, rotary_tables, batch, layer_cache)
-        return self.mlp(self.post_attention_layernorm(residual_TH), residual_TH)
+        x_TH = self.input_layernorm(residual_TH)
+        residual_TH = self.self_attn(x_TH, residual_TH, rotary_tables, batch, layer_cache, state)
+        return self.mlp(self.post_attention_layernorm(residual_TH), residual_TH, state)
 
 
 class Decoder(nn.Module):
     """The model of one process. Weights and activations have `dtype`, the residual stream is FP32.
 
     all_reduce: gives the collective of each sync point when the model is built; nothing chooses one later.
+    new_state: called once a forward pass, for what all its sync points are given; None: they are given None.
     """
 
     def __init__(
-        self, context: ParallelContext, config: ModelConfig, dtype: torch.dtype, all_reduce: AllReduceFactory
-    ) -> None:
+        self, context: ParallelContext, config: ModelConfig, dtype: torch.dtype, all_reduce: AllReduceFactory,
+        new_state: StateFactory | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         tensors = tensor_sources(config)
         self.config = config
@@ -87,6 +95,7 @@ class Decoder(nn.Module):
             self.lm_head = ShardedModule(context)
             self.lm_head.add_parameter("weight", dtype, self._head_source)
         self._rotary = Rotary(config, context.device)
+        self._new_state = new_state
 
     @property
     def head(self) -> VocabParallelHead:
@@ -108,9 +117,10 @@ class Decoder(nn.Module):
         """Normed hidden states `[T, H]` in the model's dtype; with a cache, its keys and values grow by the batch."""
         residual_TH = self.embed_tokens(batch.tokens_T).float()
         tables = self._rotary.tables(batch.positions_T)
+        state = None if self._new_state is None else self._new_state(batch)
         for index, layer in enumerate(self.layers):
             layer_cache = None if cache is None else (cache.keys[index], cache.values[index])
-            residual_TH = layer(residual_TH, tables, batch, layer_cache)
+            residual_TH = layer(residual_TH, tables, batch, layer_cache, state)
         if cache is not None:
             cache.advance(batch)
         return self.norm(residual_TH)

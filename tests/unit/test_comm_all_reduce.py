@@ -134,8 +134,8 @@ def test_bias_joins_once_behind_the_wire():
 
     point = SyncPoint("layers.0.mlp.down_proj", all_reduce)
     partials, residual, bias = torch.ones(4, 2, 3), torch.full((2, 3), 10.0), torch.tensor([0.25, 0.0, -1.0])
-    assert point.add(partials, residual.clone(), bias).tolist() == [[14.25, 14.0, 13.0]] * 2
-    assert point.add(partials, residual, None) is residual
+    assert point.add(partials, residual.clone(), bias, residual, None).tolist() == [[14.25, 14.0, 13.0]] * 2
+    assert point.add(partials, residual, None, residual, None) is residual
     assert residual.tolist() == [[14.0] * 3] * 2
 
 

@@ -82,7 +82,7 @@ def test_row_parallel_partials_of_virtual_and_real_ranks(size):
     weight, bias, x, residual = randn(4, 7), randn(4), randn(3, 7), randn(3, 4)
     seen: list[torch.Tensor] = []
     virtual = row_parallel(ParallelContext.virtual_ranks(size), weight, bias, seen)
-    got = virtual(x, residual.clone())
+    got = virtual(x, residual.clone(), residual, None)
     assert seen[0].shape == (size, 3, 4)
     torch.testing.assert_close(got, residual + x @ weight.T + bias)
     for rank in range(size):
@@ -96,9 +96,9 @@ def test_row_parallel_partials_of_virtual_and_real_ranks(size):
 
 def test_row_parallel_bias_is_added_once_and_kept_in_fp32():
     layer = row_parallel(ParallelContext.virtual_ranks(3), torch.zeros(4, 7), torch.tensor([1.0, 2.0, 3.0, 4.0]), [])
-    assert layer(randn(2, 7), torch.zeros(2, 4)).tolist() == [[1.0, 2.0, 3.0, 4.0]] * 2
+    assert layer(randn(2, 7), torch.zeros(2, 4), randn(2, 4), None).tolist() == [[1.0, 2.0, 3.0, 4.0]] * 2
     no_bias = row_parallel(ParallelContext.virtual_ranks(3), torch.zeros(4, 7), None, [])
-    assert no_bias.bias is None and not no_bias(randn(2, 7), torch.zeros(2, 4)).any()
+    assert no_bias.bias is None and not no_bias(randn(2, 7), torch.zeros(2, 4), randn(2, 4), None).any()
     bf16 = RowParallelLinear(
         SINGLE, DOWN, "down", torch.bfloat16, SyncPoint("down", lambda partial, add_to: add_to.add_(partial[0]))
     )

@@ -12,6 +12,7 @@ from torch import nn
 
 from megatron_lowbit.comm.sync_point import SyncPoint
 from megatron_lowbit.layers.linear import RowParallelLinear
+from megatron_lowbit.layers.moe import MoE
 from megatron_lowbit.transport.base import Transport
 
 SYNC, ELSEWHERE = "sync", "elsewhere"
@@ -83,7 +84,7 @@ class TimedSyncPoint(SyncPoint):
 
 def time_sync_points(model: nn.Module, clock: CommunicationClock) -> int:
     """Puts every sync point of `model` on the clock; returns how many there are."""
-    layers = [module for module in model.modules() if isinstance(module, RowParallelLinear)]
+    layers = [module for module in model.modules() if isinstance(module, RowParallelLinear | MoE)]
     for layer in layers:
         layer.sync_point = TimedSyncPoint(layer.sync_point, clock)
     return len(layers)
