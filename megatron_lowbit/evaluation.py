@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.comm.exchange import GATHER, REDUCE
 from megatron_lowbit.comm.saturation import SaturationLog
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
-from megatron_lowbit.comm.two_stage import GATHER, REDUCE
 from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.models.decoder import Decoder
 from megatron_lowbit.vocab_parallel import log_normaliser, sum_over_ranks, top_candidates

@@ -10,12 +10,13 @@ import torch
 from lowbit_kernels import get_backend
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.constants import SyncPointConstants
+from megatron_lowbit.comm.exchange import AUTOMATIC
 from megatron_lowbit.comm.one_stage import OneStageAllReduce
 from megatron_lowbit.comm.policy import Choice, Policy, PolicyLog
 from megatron_lowbit.comm.saturation import SaturationCounter
 from megatron_lowbit.comm.schemes import CommScheme
 from megatron_lowbit.comm.symmetric import SymmetricAllReduce, SymmetricBuffers, SymmetricUpToSize
-from megatron_lowbit.comm.two_stage import AUTOMATIC, TwoStageAllReduce
+from megatron_lowbit.comm.two_stage import TwoStageAllReduce
 from megatron_lowbit.comm.virtual import VirtualAllReduce
 from megatron_lowbit.comm.wire_format import WireFormat
 from megatron_lowbit.comm.workspace import Workspace

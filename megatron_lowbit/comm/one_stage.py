@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_lowbit.comm.codec import Codec
-from megatron_lowbit.comm.two_stage import REDUCE
+from megatron_lowbit.comm.exchange import REDUCE
 from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.parallel import ParallelContext
 

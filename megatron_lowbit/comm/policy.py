@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_lowbit.comm.two_stage import AUTOMATIC
+from megatron_lowbit.comm.exchange import AUTOMATIC
 from megatron_lowbit.files import replacing
 from megatron_lowbit.parallel import ParallelContext
 

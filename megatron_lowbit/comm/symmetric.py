@@ -17,8 +17,9 @@ from dataclasses import replace
 import torch
 
 from megatron_lowbit.comm.constants import SyncPointConstants
+from megatron_lowbit.comm.exchange import GATHER, REDUCE
 from megatron_lowbit.comm.schemes import CommScheme
-from megatron_lowbit.comm.two_stage import GATHER, REDUCE, TwoStageAllReduce
+from megatron_lowbit.comm.two_stage import TwoStageAllReduce
 from megatron_lowbit.parallel import CommunicationError, ParallelContext
 from megatron_lowbit.sharding import cut_evenly
 from megatron_lowbit.transport import symmetric_memory

@@ -1,65 +1,25 @@
-"""Two-stage all-reduce: reduce-scatter of packets to each token's owner, then all-gather of the re-encoded sums.
-
-A large message is cut into pieces of tokens, each reduced on its own: while the bytes of one piece are on the wire,
-the next one is encoded, or an earlier one decoded. Pieces change who owns a token, and never a bit of the result.
-"""
+"""Two-stage all-reduce: reduce-scatter of packets to each token's owner, then all-gather of the re-encoded sums."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_lowbit.comm.codec import Codec
+from megatron_lowbit.comm.exchange import AUTOMATIC, TwoStageExchange
 from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.parallel import ParallelContext
-from megatron_lowbit.sharding import cut_evenly
 
-# Shapes: L ranks living in this process (1), R ranks, T tokens, P tokens of a piece, S own tokens of a piece, H hidden
-# features, B bytes of a packet row.
-
-REDUCE, GATHER = "reduce", "gather"
-#: Where no piece size is given, a message has sqrt(packet bytes / this) pieces: what is exposed at both ends shrinks
-#: with their number, what each costs adds up. From timings over 1 Gbit with 2 and 4 ranks.
-AUTOMATIC_PIECE_NBYTES = 64 << 10
-AUTOMATIC = 0
-
-
-@dataclass
-class _Piece:
-    """Views of the buffers for some consecutive tokens: `start` to `stop` of the message."""
-
-    start: int
-    stop: int
-    packet_PB: torch.Tensor  # this rank's partials
-    outgoing: dict[int, torch.Tensor]  # rows of it, by owner
-    received: dict[int, torch.Tensor]  # [S, B] from each other rank
-    sources: list[torch.Tensor]  # [S, B] of all ranks in rank order, the own one included
-    sum_PB: torch.Tensor  # packets of the sums, of all owners
-    own_sum_SB: torch.Tensor
-    incoming: dict[int, torch.Tensor]  # rows of `sum_PB`, by owner
-
-
-class _Pieces(list[_Piece]):
-    """All pieces of a message and the memory they share."""
-
-    nbytes = 0
-
-
-def piece_count(tokens: int, row_nbytes: int, ranks: int, piece_nbytes: int = AUTOMATIC) -> int:
-    """Pieces that a message is cut into where the transport overlaps, no smaller than a token for every rank."""
-    nbytes = tokens * row_nbytes
-    count = nbytes / piece_nbytes if piece_nbytes else math.sqrt(nbytes / AUTOMATIC_PIECE_NBYTES)
-    return max(1, min(tokens // ranks, round(count)))
+# Shapes: L ranks living in this process (1), T tokens, P tokens of a piece, S own tokens of a piece, H hidden features,
+# B bytes of a packet row.
 
 
 class TwoStageAllReduce:
     """`full_TH = all_reduce(partial_LTH)` over real ranks (Flash Communication, arXiv 2412.04964, section 3).
 
-    Token t of a piece belongs to one rank: contiguous blocks, the first ones a token longer. The owner sums whole rows.
-    piece_nbytes: packet bytes after which the next piece starts, or AUTOMATIC; messages are not cut where the transport
-    cannot overlap. workspace: buffers shared with other sync points.
+    The owner of a token sums whole rows. piece_nbytes, workspace, name: see `TwoStageExchange`.
     """
 
     stages = 2
@@ -73,17 +33,10 @@ class TwoStageAllReduce:
         piece_nbytes: int = AUTOMATIC,
         workspace: Workspace | None = None,
     ) -> None:
-        if piece_nbytes < 0:
-            raise ValueError(f"piece size is {piece_nbytes} bytes; it must be at least 1, or 0 for automatic")
-        self._context = context
-        self._name = name
-        self._reduce_codec = reduce_codec
-        self._gather_codec = gather_codec
-        self._layouts = (repr(reduce_codec.layout), repr(gather_codec.layout))  # buffers of equal ones are shared
-        self._row_nbytes = max(reduce_codec.layout.row_nbytes, gather_codec.layout.row_nbytes)
-        self._overlaps = context.transport is not None and context.transport.overlaps
-        self._piece_nbytes = piece_nbytes
-        self._workspace = Workspace() if workspace is None else workspace
+        self._rank = context.rank
+        self._codecs = reduce_codec, gather_codec
+        row_nbytes = reduce_codec.layout.row_nbytes, gather_codec.layout.row_nbytes
+        self._exchange = TwoStageExchange(context, *row_nbytes, name, piece_nbytes, workspace)
 
     def __call__(self, partial_LTH: torch.Tensor, add_to_TH: torch.Tensor | None = None) -> torch.Tensor:
         """FP32 sum `[T, H]` of all ranks' partials, bit-identical on every rank.
@@ -92,70 +45,27 @@ class TwoStageAllReduce:
         """
         (partial_TH,) = partial_LTH
         out_TH = torch.empty(partial_TH.shape, device=partial_TH.device) if add_to_TH is None else add_to_TH
-        pieces = self._pieces(partial_TH)
-        reducing = [self._start_reduce(piece, partial_TH) for piece in pieces]
-        # posted early, what arrives need not wait; a transport without overlap would take it for part of this stage
-        gathering = [self._expect_sums(piece) for piece in pieces] if self._overlaps else []
-        for piece, tickets in zip(pieces, reducing, strict=True):
-            self._context.wait(tickets, self._name, REDUCE)
-            self._reduce_codec.requantize(piece.sources, self._gather_codec, piece.own_sum_SB)
-            for peer in piece.incoming:
-                self._context.send(peer, piece.own_sum_SB, GATHER)
-        gathering = gathering or [self._expect_sums(piece) for piece in pieces]
-        for piece, tickets in zip(pieces, gathering, strict=True):
-            self._context.wait(tickets, self._name, GATHER)
-            # every rank decodes every packet, its own included: replicas stay bit-identical
-            rows = slice(piece.start, piece.stop)
-            self._gather_codec.decode(piece.sum_PB, sender=0, out_TH=out_TH[rows], add=add_to_TH is not None)
-        self._context.wait(None, self._name, GATHER)
+        steps = _CodecSteps(*self._codecs, self._rank, partial_TH, out_TH, add=add_to_TH is not None)
+        self._exchange.run(partial_TH.shape[0], partial_TH.device, steps)
         return out_TH
 
-    def _start_reduce(self, piece: _Piece, partial_TH: torch.Tensor) -> list[int]:
-        """Encodes a piece and hands it to the transport; returns the tickets of what the others send for it."""
-        tickets = [self._context.receive(peer, rows) for peer, rows in piece.received.items()]
-        # the rank's own partial goes through the packet too, or the sum would depend on who owns the token
-        self._reduce_codec.encode(
-            partial_TH[piece.start : piece.stop], sender=self._context.rank, packet_TB=piece.packet_PB
-        )
-        for peer, rows in piece.outgoing.items():
-            self._context.send(peer, rows, REDUCE)
-        self._context.progress()
-        return tickets
 
-    def _expect_sums(self, piece: _Piece) -> list[int]:
-        return [self._context.receive(peer, rows) for peer, rows in piece.incoming.items()]
+@dataclass
+class _CodecSteps:
+    """The partials as they are through the codecs."""
 
-    def _pieces(self, partial_TH: torch.Tensor) -> _Pieces:
-        tokens, device = partial_TH.shape[0], partial_TH.device
-        count = 1
-        if self._overlaps:
-            count = piece_count(tokens, self._row_nbytes, self._context.size, self._piece_nbytes)
-        key = (tokens, count, self._layouts, device)
-        return self._workspace.get(key, lambda: self._make_pieces(tokens, count, device))
+    reduce_codec: Codec
+    gather_codec: Codec
+    rank: int
+    partial_TH: torch.Tensor
+    out_TH: torch.Tensor
+    add: bool
 
-    def _make_pieces(self, tokens: int, count: int, device: torch.device) -> _Pieces:
-        size, rank, peers = self._context.size, self._context.rank, self._context.peers
-        packet_TB = torch.empty(tokens, self._reduce_codec.layout.row_nbytes, dtype=torch.uint8, device=device)
-        sum_TB = torch.empty(tokens, self._gather_codec.layout.row_nbytes, dtype=torch.uint8, device=device)
-        pieces = _Pieces()
-        pieces.nbytes = packet_TB.nbytes + sum_TB.nbytes
-        for start, stop in cut_evenly(tokens, count):
-            packet_PB, sum_PB = packet_TB[start:stop], sum_TB[start:stop]
-            spans = [slice(*span) for span in cut_evenly(stop - start, size)]
-            own = packet_PB[spans[rank]]
-            received = packet_TB.new_empty(size, *own.shape)
-            pieces.nbytes += received.nbytes
-            pieces.append(
-                _Piece(
-                    start,
-                    stop,
-                    packet_PB,
-                    outgoing={peer: packet_PB[spans[peer]] for peer in peers},
-                    received={peer: received[peer] for peer in peers},
-                    sources=[own if peer == rank else received[peer] for peer in range(size)],
-                    sum_PB=sum_PB,
-                    own_sum_SB=sum_PB[spans[rank]],
-                    incoming={peer: sum_PB[spans[peer]] for peer in peers},
-                )
-            )
-        return pieces
+    def encode(self, rows: slice, packet_PB: torch.Tensor) -> None:
+        self.reduce_codec.encode(self.partial_TH[rows], sender=self.rank, packet_TB=packet_PB)
+
+    def reduce(self, rows: slice, packets_RSB: Sequence[torch.Tensor], packet_SB: torch.Tensor) -> None:
+        self.reduce_codec.requantize(packets_RSB, self.gather_codec, packet_SB)
+
+    def decode(self, rows: slice, packet_PB: torch.Tensor) -> None:
+        self.gather_codec.decode(packet_PB, sender=0, out_TH=self.out_TH[rows], add=self.add)

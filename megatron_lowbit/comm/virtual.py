@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_lowbit.comm.codec import Codec
-from megatron_lowbit.comm.two_stage import GATHER, REDUCE
+from megatron_lowbit.comm.exchange import GATHER, REDUCE
 from megatron_lowbit.parallel import TrafficCounter
 
 # Shapes: L ranks living in this process (all R), T tokens, H hidden features, B bytes of a packet row.

@@ -14,10 +14,10 @@ from megatron_lowbit.calibration.artifact import SyncPointStatistics
 from megatron_lowbit.calibration.observer import RangeObserver
 from megatron_lowbit.calibration.outliers import constants_from_statistics
 from megatron_lowbit.comm.all_reduce import AllReduce, build_all_reduce
+from megatron_lowbit.comm.exchange import AUTOMATIC
 from megatron_lowbit.comm.policy import Policy
 from megatron_lowbit.comm.reference import all_reduce as reference_all_reduce
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
-from megatron_lowbit.comm.two_stage import AUTOMATIC
 from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.parallel import ParallelContext
 

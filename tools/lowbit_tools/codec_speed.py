@@ -7,8 +7,8 @@ import time
 import torch
 
 from lowbit_tools.all_reduce_bench import Message
+from megatron_lowbit.comm.exchange import AUTOMATIC
 from megatron_lowbit.comm.schemes import CommScheme
-from megatron_lowbit.comm.two_stage import AUTOMATIC
 from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.parallel import ParallelContext
 

@@ -16,9 +16,9 @@ from lowbit_tools.timing import ratio_interval
 from megatron_lowbit.calibration.artifact import CommCalibration
 from megatron_lowbit.calibration_run import calibrate, text_digest
 from megatron_lowbit.comm.all_reduce import SingleRankAllReduce
+from megatron_lowbit.comm.exchange import GATHER, REDUCE
 from megatron_lowbit.comm.policy import Policy
 from megatron_lowbit.comm.schemes import CommScheme
-from megatron_lowbit.comm.two_stage import GATHER, REDUCE
 from megatron_lowbit.generate import TokenGeneration
 from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.models.decoder import Decoder

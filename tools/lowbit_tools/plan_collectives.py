@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_lowbit.comm.exchange import AUTOMATIC, piece_count
 from megatron_lowbit.comm.policy import Choice, Policy
 from megatron_lowbit.comm.schemes import CommScheme
-from megatron_lowbit.comm.two_stage import AUTOMATIC, piece_count
 from megatron_lowbit.sharding import cut_evenly
 
 
