@@ -1,7 +1,7 @@
 """GGUFHeader: metadata and tensor table of a GGUF file, with every length checked against the file.
 
 The gguf package's reader trusts the counts it finds, so a damaged file can keep it busy for ever; it also visits each
-token of the vocabulary, which takes seconds. Long arrays are skipped here.
+token of the vocabulary, which takes seconds. Long arrays are skipped here, and read only when asked for.
 """
 
 from __future__ import annotations
@@ -57,11 +57,22 @@ class GGUFTensor:
 
 
 @dataclass(frozen=True)
+class GGUFArray:
+    """Where an array of the metadata lies that was skipped: `nbytes` from `offset`."""
+
+    item: GGUFValueType
+    count: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class GGUFHeader:
-    """`metadata`: scalars, strings and arrays of numbers; arrays that are long or hold strings are left out."""
+    """`metadata`: scalars, strings and short arrays of numbers; `arrays`: those that are long or hold strings."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GGUFTensor]
+    arrays: Mapping[str, GGUFArray]
 
     @classmethod
     def read(cls, path: Path) -> GGUFHeader:
@@ -72,6 +83,29 @@ class GGUFHeader:
             if file.read(len(MAGIC)) != MAGIC:
                 raise ValueError(f"{path}: not a GGUF file (it does not start with 'GGUF'); download it again")
             return _Parser(path, file).parse()
+
+    def read_array(self, path: Path, key: str) -> list[Any] | None:
+        """The array under `key`, long or short; None if there is none. ValueError for text that is not UTF-8."""
+        array = self.arrays.get(key)
+        if array is None:
+            value = self.metadata.get(key)
+            return value if isinstance(value, list) else None
+        with path.open("rb") as file:
+            file.seek(array.offset)
+            data = file.read(array.nbytes)
+        if array.item != GGUFValueType.STRING:
+            code = SCALARS[array.item]
+            return list(struct.unpack(f"<{array.count}{code[1]}", data))
+        strings: list[str] = []
+        position = 0
+        for _ in range(array.count):
+            start = position + 8
+            position = start + int.from_bytes(data[position:start], "little")
+            try:
+                strings.append(data[start:position].decode())
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: {key}[{len(strings)}] is not UTF-8 text; download the file again") from error
+        return strings
 
 
 class _Parser:
@@ -86,10 +120,13 @@ class _Parser:
             raise ValueError(f"{self.path}: GGUF version {version}; supported: {VERSIONS}, little-endian")
         tensor_count, value_count = self.number("<Q"), self.number("<Q")
         metadata: dict[str, Any] = {}
+        arrays: dict[str, GGUFArray] = {}
         for _ in range(value_count):
             key = self.string()
             value = self.value(self.kind())
-            if value is not None:
+            if isinstance(value, GGUFArray):
+                arrays[key] = value
+            else:
                 metadata[key] = value
         table: dict[str, tuple[GGMLQuantizationType, tuple[int, ...], int]] = {}
         for _ in range(tensor_count):
@@ -107,7 +144,7 @@ class _Parser:
                 raise self.damaged(
                     f"tensor {name} ends at byte {tensor.offset + tensor.nbytes} of a file of {self.file_nbytes}"
                 )
-        return GGUFHeader(metadata, tensors)
+        return GGUFHeader(metadata, tensors, arrays)
 
     def tensor_entry(self, name: str) -> tuple[GGMLQuantizationType, tuple[int, ...], int]:
         dims = self.number("<I")
@@ -126,7 +163,7 @@ class _Parser:
         return kind, shape, offset
 
     def value(self, kind: GGUFValueType) -> Any:
-        """A metadata value, or None for an array that was skipped."""
+        """A metadata value, or the place of an array that was skipped."""
         if kind == GGUFValueType.STRING:
             return self.string()
         if kind != GGUFValueType.ARRAY:
@@ -134,15 +171,16 @@ class _Parser:
         item, count = self.kind(), self.number("<Q")
         if item == GGUFValueType.ARRAY:
             raise self.damaged("an array of arrays in its metadata")
+        start = self.file.tell()
         if item == GGUFValueType.STRING:
             for _ in range(count):
                 self.skip(self.number("<Q"))
-            return None
-        code = SCALARS[item]
-        if count <= MAX_KEPT_VALUES:
-            return [self.number(code) for _ in range(count)]
-        self.skip(count * struct.calcsize(code))
-        return None
+        else:
+            code = SCALARS[item]
+            if count <= MAX_KEPT_VALUES:
+                return [self.number(code) for _ in range(count)]
+            self.skip(count * struct.calcsize(code))
+        return GGUFArray(item, count, start, self.file.tell() - start)
 
     def kind(self) -> GGUFValueType:
         code = self.number("<I")

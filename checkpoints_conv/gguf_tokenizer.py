@@ -10,13 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import gguf
 import sentencepiece
 import tokenizers
 
-from checkpoints_conv.byte_level_bpe import PRE_TOKENIZERS, tokenizer_json
+from checkpoints_conv.byte_level_bpe import PRE_TOKENIZERS
+from checkpoints_conv.gguf_header import GGUFHeader
 from checkpoints_conv.sentencepiece_model import NORMAL, UNKNOWN, USER_DEFINED, sentencepiece_model
 from megatron_lowbit.files import replacing
+from megatron_lowbit.tokenizer_byte_level import tokenizer_json
 
 _NAMED = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}
 
@@ -63,27 +64,10 @@ def write_tokenizer(gguf_path: Path, directory: Path) -> list[str]:
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    """The keys `tokenizer.*` of a GGUF file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"No GGUF file at {path}.")
-    try:
-        fields = gguf.GGUFReader(path).fields
-        return {key: _value(field) for key, field in fields.items() if key.startswith("tokenizer.")}
-    except (ValueError, LookupError) as error:
-        raise ValueError(
-            f"{path} is not a readable GGUF file: {error}. It may be cut short: compare its size, or fetch it again."
-        ) from error
-
-
-def _value(field: gguf.ReaderField) -> Any:
-    kinds = [int(kind) for kind in field.types]
-    if kinds == [gguf.GGUFValueType.STRING]:
-        return bytes(field.parts[-1]).decode("utf-8")
-    if kinds[0] != gguf.GGUFValueType.ARRAY:
-        return field.parts[-1].tolist()[0]
-    if kinds[-1] == gguf.GGUFValueType.STRING:
-        return [bytes(field.parts[index]).decode("utf-8") for index in field.data]
-    return [field.parts[index].tolist()[0] for index in field.data]
+    """The keys `tokenizer.*` of a GGUF file, arrays included."""
+    header = GGUFHeader.read(path)
+    keys = [key for key in (*header.metadata, *header.arrays) if key.startswith("tokenizer.")]
+    return {key: header.read_array(path, key) if key in header.arrays else header.metadata[key] for key in keys}
 
 
 def _vocabulary(metadata: dict[str, Any], path: Path) -> tuple[list[str], list[int]]:
@@ -150,7 +134,9 @@ def _sentencepiece(
         token.replace(" ", "\u2581") if kind == USER_DEFINED else token
         for token, kind in zip(tokens, types, strict=True)
     ]
-    unknown = types.index(UNKNOWN) if UNKNOWN in types else None
+    unknown = types.index(UNKNOWN) if UNKNOWN in types else named["unk"]
+    # Gemma's files list <unk> among the control tokens
+    types = [UNKNOWN if token_id == unknown else kind for token_id, kind in enumerate(types)]
     data = sentencepiece_model(
         pieces,
         scores,

@@ -1,7 +1,7 @@
 """Tokenizer: text to token ids and back, from the files that a checkpoint directory carries.
 
-`tokenizer.json` is read by `tokenizers`, otherwise `tokenizer.model` by `sentencepiece`. Nothing in the directory is
-executed.
+`tokenizer.json` is read by `tokenizers`, otherwise `tokenizer.model` by `sentencepiece`, otherwise `tekken.json` is
+turned into the first. Nothing in the directory is executed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, content, either, read_text
+from megatron_lowbit.tokenizer_tekken import BOS, EOS, tekken_as_json
 
 
 class Tokenizer:
@@ -41,10 +42,9 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
-        """Open `path/tokenizer.json`, or else `path/tokenizer.model`, with the settings beside it.
+        """Open `tokenizer.json`, else `tokenizer.model`, else `tekken.json` in `path`, with the settings beside it.
 
-        Raises FileNotFoundError if the directory or both files are missing, ValueError if a file cannot be read or
-        only a Tekken file (`tekken.json`) is there.
+        Raises FileNotFoundError if the directory or all three are missing, ValueError if a file cannot be read.
         """
         directory = Path(path)
         if not directory.is_dir():
@@ -55,20 +55,18 @@ class Tokenizer:
         }
         backend: Backend
         if (directory / "tokenizer.json").is_file():
-            backend = JsonBackend(directory / "tokenizer.json", config)
+            backend = JsonBackend(read_text(directory / "tokenizer.json"), directory / "tokenizer.json", config)
         elif (directory / "tokenizer.model").is_file():
             added = _read_json_object(directory / "added_tokens.json")
             backend = SentencePieceBackend(directory / "tokenizer.model", config, added)
         elif (directory / "tekken.json").is_file():
-            raise ValueError(
-                f"{directory} holds only a Tekken tokenizer (tekken.json), which is not supported yet. Convert it to "
-                "tokenizer.json with transformers (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)), or take "
-                "the tokenizer.json of the same model in Hugging Face format."
-            )
+            tekken = directory / "tekken.json"
+            config = {"bos_token": BOS, "eos_token": EOS, **config}
+            backend = JsonBackend(tekken_as_json(read_text(tekken), tekken), tekken, config)
         else:
             raise FileNotFoundError(
-                f"No tokenizer in {directory}: neither tokenizer.json nor tokenizer.model is there. Copy one of them "
-                "from the original checkpoint."
+                f"No tokenizer in {directory}: neither tokenizer.json, tokenizer.model nor tekken.json is there. Copy "
+                "one of them from the original checkpoint."
             )
         generation = _read_json_object(directory / "generation_config.json").get("eos_token_id")
         ends = either(generation, _read_json_object(directory / "config.json").get("eos_token_id"))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
+_USER_DEFINED, _CONTROL_TYPE = b"\x18\x04", 3  # `type: USER_DEFINED`, the last field of a serialised piece
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -48,10 +49,10 @@ def either(value: Any, default: Any) -> Any:
 
 
 class JsonBackend:
-    """`tokenizer.json` through `tokenizers`."""
+    """The text of a `tokenizer.json` through `tokenizers`; `path` names it in errors."""
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        self._text = read_text(path)
+    def __init__(self, text: str, path: Path, config: dict[str, Any]) -> None:
+        self._text = text
         self._parsing = self._load(path, config)
         self._literal = self._load(path, config)
         self._literal.encode_special_tokens = True
@@ -102,6 +103,9 @@ class SentencePieceBackend:
     def __init__(self, path: Path, config: dict[str, Any], added_tokens: dict[str, Any]) -> None:
         model = path.read_bytes()
         self._model = _sentencepiece_model(model, path)
+        tokens = _added_tokens(config, added_tokens)
+        model = _as_controls(model, {token_id for token_id, token in tokens.items() if token.get("special")})
+        self._model = _sentencepiece_model(model, path)
         # Protobuf messages merge when concatenated: normalizer_spec { add_dummy_prefix: false }.
         self._unprefixed = _sentencepiece_model(model + b"\x1a\x02\x18\x00", path)
         self._prefixes = self._model.encode("a") != self._unprefixed.encode("a")
@@ -115,7 +119,7 @@ class SentencePieceBackend:
         self._ids = {name: i for i, name in names.items()}
         literal: dict[int, str] = {}
         strip: dict[str, tuple[bool, bool]] = {}
-        for token_id, token in _added_tokens(config, added_tokens).items():
+        for token_id, token in tokens.items():
             name = str(token["content"])
             self._ids[name], self._bytes[token_id] = token_id, name.encode("utf-8")
             strip[name] = (bool(token.get("lstrip")), bool(token.get("rstrip")))
@@ -181,6 +185,39 @@ def _sentencepiece_model(model: bytes, path: Path) -> sentencepiece.SentencePiec
             "original checkpoint (a file of about 130 bytes is a Git LFS pointer, not the model)."
         ) from error
     return processor
+
+
+def _as_controls(model: bytes, token_ids: set[int]) -> bytes:
+    """`model`, a sound SentencePiece model, with these user-defined pieces as control pieces.
+
+    SentencePiece finds user-defined pieces in any text. Gemma's file lists `<start_of_turn>` among them, and what a
+    user types must not become one. Source: sentencepiece_model.proto; its field 1 are the pieces, their field 3 the
+    type.
+    """
+    changed = bytearray(model)
+    position, token_id = 0, 0
+    while token_ids and position < len(model):
+        tag, position = _varint(model, position)
+        if tag & 7 != 2:  # pieces and settings are messages; whatever else there is comes behind the pieces
+            break
+        nbytes, position = _varint(model, position)
+        if tag >> 3 == 1:
+            if token_id in token_ids and model.endswith(_USER_DEFINED, position, position + nbytes):
+                changed[position + nbytes - 1] = _CONTROL_TYPE
+            token_id += 1
+        position += nbytes
+    return bytes(changed)
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """A protobuf number and the position behind it."""
+    value = shift = 0
+    while True:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
 
 
 def _piece_bytes(model: sentencepiece.SentencePieceProcessor, token_id: int, piece: str) -> bytes:

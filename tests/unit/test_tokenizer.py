@@ -195,6 +195,23 @@ def test_added_tokens_of_a_sentencepiece_model(sentencepiece_directory, tmp_path
     assert plain[-1] == 362 and 360 not in plain
 
 
+def test_a_special_token_among_the_user_defined_pieces(tmp_path):
+    """Gemma's tokenizer.model: SentencePiece itself would find <turn> in what a user typed."""
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(user_defined_symbols=["<turn>", "<table>"]))
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    turn, table = oracle.piece_to_id("<turn>"), oracle.piece_to_id("<table>")
+    added = {str(turn): {"content": "<turn>", "special": True}, str(table): {"content": "<table>", "special": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    ours = Tokenizer.from_directory(tmp_path)
+    assert turn in oracle.encode("a<turn>b<table>")
+    literal = ours.encode("a<turn>b<table>", add_bos=False)
+    assert turn not in literal and table in literal and ours.decode(literal) == "a<turn>b<table>"
+    parsed = ours.encode("a<turn>b<table>", add_bos=False, parse_special=True)
+    assert turn in parsed and table in parsed and ours.decode(parsed) == "a b<table>"
+    plain = "def main(x): <turn 日本語 \U0001f600"
+    assert ours.encode(plain, add_bos=False) == oracle.encode(plain)
+
+
 def test_a_bad_byte_leaves_its_neighbours_whole(sentencepiece_directory, tmp_path):
     save_byte_fallback(tmp_path, sentencepiece_directory)
     for directory in (sentencepiece_directory, tmp_path):
@@ -254,14 +271,11 @@ def test_two_megabytes_take_seconds(sentencepiece_directory, tmp_path):
 def test_missing_and_unsupported_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a directory"):
         Tokenizer.from_directory(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor tokenizer\.model"):
-        Tokenizer.from_directory(tmp_path)
-    (tmp_path / "tekken.json").write_text("{}")
-    with pytest.raises(ValueError, match="not supported yet"):
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json, tokenizer\.model nor tekken\.json"):
         Tokenizer.from_directory(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tekken.json"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe\x00", b"version https://git-lfs"])
 def test_corrupt_tokenizers(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)

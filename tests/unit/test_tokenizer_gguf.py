@@ -35,7 +35,15 @@ PATTERNS = {
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt-4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+PATTERNS["dbrx"] = PATTERNS["llama-bpe"]
 
 
 def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
@@ -92,7 +100,7 @@ def byte_level_gguf(path: Path, name: str, **fields) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("name", ["smollm", "llama-bpe", "qwen2", "gpt-2", "default"])
+@pytest.mark.parametrize("name", ["smollm", "gpt-2", "default", *PATTERNS])
 def test_byte_level_round_trip(tmp_path, name):
     oracle = byte_level_gguf(tmp_path / "m.gguf", name, add_bos_token=False, chat_template="{{ messages }}")
     assert write_tokenizer(tmp_path / "m.gguf", tmp_path / "out") == ["tokenizer.json", "tokenizer_config.json"]
@@ -194,11 +202,26 @@ def test_sentencepiece_round_trip(tmp_path, prefix):
         assert ours.decode(oracle.encode(text)) == oracle.decode(oracle.encode(text))
 
 
+def test_gemma_lists_its_unknown_token_among_the_control_tokens(tmp_path):
+    oracle = train_sentencepiece(False)
+    count = oracle.vocab_size()
+    types = [3 if i == 0 else piece_type(oracle, i) for i in range(count)]
+    scores = [oracle.get_score(i) for i in range(count)]
+    tokens = [oracle.id_to_piece(i) for i in range(count)]
+    named = {"bos": 1, "eos": 2, "unk": 0}
+    write_gguf(tmp_path / "m.gguf", "llama", tokens, types, named, token_scores=scores, add_space_prefix=False)
+    write_tokenizer(tmp_path / "m.gguf", tmp_path)
+    written = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert written.unk_id() == 0 and written.is_unknown(0)
+    for text in HARD_TEXTS:
+        assert written.encode(text) == oracle.encode(text)
+
+
 @pytest.mark.parametrize(
     ("model", "tokens", "types", "fields", "reason"),
     [
         ("bert", ["a", "b"], [1, 1], {}, "supported are 'gpt2'"),
-        ("gpt2", ["a", "b"], [1, 1], {"tokenizer_pre": "tekken"}, "'llama-bpe', 'qwen2', 'smollm'"),
+        ("gpt2", ["a", "b"], [1, 1], {"tokenizer_pre": "unheard-of"}, "'llama-bpe', 'qwen2', 'smollm', 'tekken'"),
         ("gpt2", ["a", "b"], [1, 1], {}, "tokenizer.ggml.pre is None"),
         (
             "gpt2",
@@ -224,13 +247,13 @@ def test_what_cannot_be_written_is_refused(tmp_path, model, tokens, types, field
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No GGUF file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         write_tokenizer(tmp_path / "none.gguf", tmp_path)
     byte_level_gguf(tmp_path / "m.gguf", "gpt-2")
     whole = (tmp_path / "m.gguf").read_bytes()
     for content in (b"", b"GGUF", b"nonsense" * 100, whole[: len(whole) // 2]):
         (tmp_path / "m.gguf").write_bytes(content)
-        with pytest.raises(ValueError, match="not a readable GGUF"):
+        with pytest.raises(ValueError, match="GGUF file"):
             write_tokenizer(tmp_path / "m.gguf", tmp_path / "out")
 
 
