@@ -27,6 +27,7 @@ BLOCK_NBYTES = 32 << 20
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "tekken.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
