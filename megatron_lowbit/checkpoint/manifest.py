@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_lowbit.checkpoint.huggingface import is_plain_name, read_json_object
+from megatron_lowbit.checkpoint.json_file import is_plain_name, read_json_object
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "megatron-lowbit-tp"

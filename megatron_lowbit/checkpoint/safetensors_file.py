@@ -1,21 +1,14 @@
-"""SafetensorsFile: one .safetensors file, its header checked once, tensors read without mapping the file into memory.
-
-The library's reader maps the file, so every page read counts as memory of the process; plain reads keep the peak at
-the size of what was asked for, and let the errors name the file and the damage.
-"""
+"""SafetensorsFile: one .safetensors file, its header checked once."""
 
 from __future__ import annotations
 
-import io
-import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_lowbit.checkpoint.reader import check_span
+from megatron_lowbit.checkpoint.json_file import parse_json
+from megatron_lowbit.checkpoint.tensor_file import StoredTensor, TensorFile, is_addressable
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,63 +26,13 @@ DTYPES = {
 }
 MAX_HEADER_NBYTES = 100_000_000
 LENGTH_NBYTES = 8
-ROW_BLOCK_NBYTES = 16 << 20
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """`offset` counts bytes from the start of the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class SafetensorsFile:
+class SafetensorsFile(TensorFile):
     """The tensors of one file. Raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors = _read_header(path)
-
-    def read(self, name: str) -> torch.Tensor:
-        stored = self.tensors[name]
-        with self.path.open("rb") as file:
-            return self._read_at(file, stored, stored.offset, stored.shape)
-
-    def read_span(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """`[start, stop)` along `dim`: only those bytes for dimension 0, otherwise by blocks of rows."""
-        stored = self.tensors[name]
-        shape = check_span(name, stored.shape, dim, start, stop)
-        if shape == stored.shape:
-            return self.read(name)
-        if 0 in shape:
-            return torch.empty(shape, dtype=stored.dtype)
-        row_shape = stored.shape[1:]
-        row_nbytes = math.prod(row_shape) * stored.dtype.itemsize
-        with self.path.open("rb") as file:
-            if dim == 0:
-                return self._read_at(file, stored, stored.offset + start * row_nbytes, shape)
-            out = torch.empty(shape, dtype=stored.dtype)
-            block = max(1, ROW_BLOCK_NBYTES // row_nbytes)
-            for first in range(0, shape[0], block):
-                count = min(block, shape[0] - first)
-                rows = self._read_at(file, stored, stored.offset + first * row_nbytes, (count, *row_shape))
-                out[first : first + count] = rows.narrow(dim, start, stop - start)
-            return out
-
-    def _read_at(
-        self, file: io.BufferedReader, stored: StoredTensor, offset: int, shape: tuple[int, ...]
-    ) -> torch.Tensor:
-        buffer = torch.empty(math.prod(shape) * stored.dtype.itemsize, dtype=torch.uint8)
-        file.seek(offset)
-        if buffer.numel() and file.readinto(buffer.numpy().data) != buffer.numel():
-            raise ValueError(f"{self.path}: the file became shorter while it was read; is it still being written?")
-        return buffer.view(stored.dtype).reshape(shape)
+        super().__init__(path, _read_header(path))
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -104,8 +47,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise _damaged(path, f"its header is cut off or not a safetensors header ({file_nbytes} bytes in all)")
         text = file.read(header_nbytes)
     try:
-        header: Any = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        header: Any = parse_json(text)
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a table of tensors")
@@ -131,6 +74,8 @@ def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if not isinstance(kind, str) or kind not in DTYPES:
         raise ValueError(f"{path}: tensor {name} has the data type {kind!r}; known types: {sorted(DTYPES)}")
     stored = StoredTensor(DTYPES[kind], tuple(shape), data_start + begin)
+    if not is_addressable(stored.shape):
+        raise _damaged(path, f"tensor {name} has the impossible shape {stored.shape}")
     if end - begin != stored.nbytes:
         raise _damaged(path, f"tensor {name} of shape {stored.shape} and type {kind} takes {end - begin} bytes")
     return stored
