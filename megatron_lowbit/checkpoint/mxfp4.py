@@ -7,14 +7,12 @@ exponent of a power of two (E8M0). Every product is exact in bf16, whose exponen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from megatron_lowbit.checkpoint.reader import check_span
-from megatron_lowbit.checkpoint.safetensors_file import StoredTensor
+from megatron_lowbit.checkpoint.stored_view import ReadableFile
+from megatron_lowbit.checkpoint.tensor_file import StoredTensor
 
 # Shapes: E experts, O output features, I input features, G = I/32 blocks of a row, N rows of any kind.
 
@@ -24,17 +22,6 @@ BLOCK_NBYTES = BLOCK // 2
 SCALE_BIAS = 127
 SCALE_NAN = 255
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-class TensorFile(Protocol):
-    """What a checkpoint asks of the file that holds a tensor; SafetensorsFile is one."""
-
-    path: Path
-    tensors: dict[str, StoredTensor]
-
-    def read(self, name: str) -> torch.Tensor: ...
-
-    def read_span(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor: ...
 
 
 def dequantise(blocks_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:
@@ -53,7 +40,7 @@ def dequantise(blocks_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tenso
     return values.mul_(factors.index_select(0, scales_NG.flatten().int()).view(rows, groups, 1)).flatten(1)
 
 
-def with_mxfp4_dequantised(files: Mapping[str, TensorFile]) -> dict[str, TensorFile]:
+def with_mxfp4_dequantised(files: Mapping[str, ReadableFile]) -> dict[str, ReadableFile]:
     """The same tensors, each pair `NAME_blocks [E, O, G, 16]`, `NAME_scales [E, O, G]` replaced by NAME `[E, I, O]`.
 
     Shape and orientation are those of transformers' parameters. Raises ValueError naming file and tensor where one of
@@ -74,21 +61,13 @@ def with_mxfp4_dequantised(files: Mapping[str, TensorFile]) -> dict[str, TensorF
     return result
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """The expert that was unpacked last: readers ask for its parts one after the other."""
-
-    expert: int
-    tensor_IO: torch.Tensor
-
-
 class Mxfp4Tensor:
-    """A TensorFile of one tensor, `name`: bf16 `[E, I, O]`, unpacked expert by expert as it is asked for.
+    """A ReadableFile of one tensor, `name`: bf16 `[E, I, O]`, unpacked expert by expert as it is asked for.
 
     Memory: what was asked for, and one expert.
     """
 
-    def __init__(self, name: str, blocks: TensorFile, scales: TensorFile) -> None:
+    def __init__(self, name: str, blocks: ReadableFile, scales: ReadableFile) -> None:
         self.path = blocks.path
         self._name, self._blocks, self._scales = name, blocks, scales
         packed, exponents = blocks.tensors[name + BLOCKS], scales.tensors[name + SCALES]
@@ -106,7 +85,6 @@ class Mxfp4Tensor:
             )
         experts, rows, groups = exponents.shape
         self.tensors = {name: StoredTensor(torch.bfloat16, (experts, groups * BLOCK, rows), packed.offset)}
-        self._piece: _Piece | None = None
 
     def read(self, name: str) -> torch.Tensor:
         return self.read_span(name, 0, 0, self.tensors[name].shape[0])
@@ -124,8 +102,6 @@ class Mxfp4Tensor:
 
     def _expert(self, expert: int) -> torch.Tensor:
         """`[I, O]` of one expert, as a transposed view of what the file holds."""
-        if self._piece is None or self._piece.expert != expert:
-            blocks = self._blocks.read_span(self._name + BLOCKS, 0, expert, expert + 1)[0]
-            scales = self._scales.read_span(self._name + SCALES, 0, expert, expert + 1)[0]
-            self._piece = _Piece(expert, dequantise(blocks, scales).t())
-        return self._piece.tensor_IO
+        blocks_OGB = self._blocks.read_span(self._name + BLOCKS, 0, expert, expert + 1)[0]
+        scales_OG = self._scales.read_span(self._name + SCALES, 0, expert, expert + 1)[0]
+        return dequantise(blocks_OGB, scales_OG).t()
