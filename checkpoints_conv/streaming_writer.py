@@ -12,26 +12,31 @@ from types import TracebackType
 
 import torch
 
+from checkpoints_conv.lanes import Lanes
 from megatron_lowbit.checkpoint.manifest import FileRecord
 
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 HEADER_ALIGNMENT = 8
 
 
 class StreamingSafetensorsWriter:
     """Tensors of one dtype, their shapes known from the start, appended in that order in pieces of any size.
 
-    Memory is that of the piece at hand. A context manager: leaving it closes the file, `finish` completes it.
+    Hashing is a job of lane `2 * number`, writing of the next one. Pieces must not change until the lanes are done with
+    them. A context manager: leaving it closes the file; `finish`, once the lanes are drained, completes it.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, lanes: Lanes, number: int
+    ) -> None:
         self._dtype = dtype
         self._numels = [(name, math.prod(shape)) for name, shape in shapes.items()]
         self._position, self._written = 0, 0
+        self._lanes, self._lane = lanes, 2 * number
         self._digest = hashlib.sha256()
         self._nbytes = 0
-        self._file = path.open("xb")
-        self._emit(_header(shapes, dtype))
+        self._file = path.open("xb", buffering=0)
+        self._emit(safetensors_header(shapes, dtype))
 
     def __enter__(self) -> StreamingSafetensorsWriter:
         return self
@@ -52,12 +57,14 @@ class StreamingSafetensorsWriter:
         assert self._written <= self._numels[self._position][1], name
         self._emit(piece.contiguous().flatten().view(torch.uint8).numpy().data)
 
+    def sync(self) -> None:
+        """Gives the job of bringing the file to the disk."""
+        self._lanes.submit(self._lane, os.fsync, self._file.fileno())
+
     def finish(self) -> FileRecord:
-        """Size and sum of the complete file, which is on disk when this returns."""
+        """Size and sum of the complete file."""
         self._skip_complete()
         assert self._position == len(self._numels), self._numels[self._position]
-        self._file.flush()
-        os.fsync(self._file.fileno())
         return FileRecord(self._digest.hexdigest(), self._nbytes)
 
     def _skip_complete(self) -> None:
@@ -65,12 +72,18 @@ class StreamingSafetensorsWriter:
             self._position, self._written = self._position + 1, 0
 
     def _emit(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
-        self._file.write(data)
         self._nbytes += len(data)
+        self._lanes.submit(self._lane, self._digest.update, data)
+        self._lanes.submit(self._lane + 1, self._write, data)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while len(rest):  # one call writes 2 GiB at most
+            rest = rest[self._file.write(rest) :]
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+def safetensors_header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """All bytes of a .safetensors file that come before its values."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():

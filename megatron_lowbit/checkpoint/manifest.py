@@ -17,7 +17,8 @@ from megatron_lowbit.checkpoint.json_file import is_plain_name, read_json_object
 MANIFEST_FILE = "manifest.json"
 FORMAT = "megatron-lowbit-tp"
 VERSION = 1
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+MAX_TP = 512  # one open file a rank
 HASH_BLOCK_NBYTES = 8 << 20
 
 Progress = Callable[[int, int], None]
@@ -43,7 +44,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
 
     def __post_init__(self) -> None:
-        assert self.tp >= 1 and self.dtype in DTYPES
+        assert 1 <= self.tp <= MAX_TP and self.dtype in DTYPES
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2, sort_keys=True) + "\n"
@@ -63,7 +64,7 @@ class Manifest:
                 "update megatron-lowbit or convert the checkpoint again"
             )
         tp, dtype, source, files = (data.get(key) for key in ("tp", "dtype", "source", "files"))
-        valid = type(tp) is int and tp >= 1 and dtype in DTYPES and isinstance(source, str) and isinstance(files, dict)
+        valid = type(tp) is int and 1 <= tp <= MAX_TP and dtype in DTYPES and isinstance(source, str) and isinstance(files, dict)
         if not valid:
             raise ValueError(f"{path}: tp, dtype, source or files is missing or invalid; convert the checkpoint again")
         assert isinstance(tp, int) and isinstance(dtype, str) and isinstance(source, str) and isinstance(files, dict)

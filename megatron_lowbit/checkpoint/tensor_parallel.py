@@ -20,6 +20,7 @@ from megatron_lowbit.models.registry import tensor_sources
 from megatron_lowbit.sharding import ShardRule
 
 CONFIG_FILE = "config.json"
+HF_CONFIG_FILE = "huggingface_config.json"  # for export: what transformers reads
 
 
 def rank_file_name(rank: int, size: int) -> str:

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import checkpoints_conv.convert as convert_module
 from checkpoints_conv.convert import convert
 from megatron_lowbit.checkpoint.huggingface import HuggingFaceCheckpoint
 from megatron_lowbit.checkpoint.open import open_checkpoint
@@ -55,7 +54,7 @@ def originals(source: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, so that tensors are cut across blocks as large ones are."""
-    monkeypatch.setattr(convert_module, "BLOCK_NBYTES", 7 * 30 * 4)
+    monkeypatch.setattr("checkpoints_conv.row_blocks.BLOCK_NBYTES", 7 * 30 * 4)
 
 
 def assert_equal(directory: Path, originals: dict[str, torch.Tensor]) -> None:
@@ -149,7 +148,7 @@ def test_companions_are_copied_and_recorded(source: Path, tmp_path: Path) -> Non
     summary = convert(source, tmp_path / "out", 2, torch.float32)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     ranks = {row.file for row in summary.ranks}
-    others = {"config.json", "tokenizer.json", "generation_config.json", "LICENSE.txt"}
+    others = {"config.json", "huggingface_config.json", "tokenizer.json", "generation_config.json", "LICENSE.txt"}
     assert names == {"manifest.json"} | ranks | others
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert set(manifest["files"]) == ranks | others and manifest["source"] == "model"
@@ -218,7 +217,7 @@ def test_refused_arguments(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refusals = [
         ((source, out, 0, torch.float32), "size is 0; it must lie between 1 and 512"),
-        ((source, out, 2, torch.float16), "supported: bfloat16, float32"),
+        ((source, out, 2, torch.float64), "supported: bfloat16, float32, float16"),
         ((source, source, 2, torch.float32), "lie inside each other"),
         ((source, source / "tp2", 2, torch.float32), "lie inside each other"),
         ((source, source.parent, 2, torch.float32), "lie inside each other"),
