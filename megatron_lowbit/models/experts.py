@@ -1,11 +1,25 @@
-"""The tensors of a layer of experts: canonical names, shapes, and the way they are cut over ranks."""
+"""Layers of experts: what `config.json` says of them, and their tensors with the way these are cut over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from megatron_lowbit.config import ModelConfig
+from megatron_lowbit.config import ModelConfig, MoEConfig
+from megatron_lowbit.models.hf_config import integer
 from megatron_lowbit.sharding import ShardRule, TensorSource
+
+
+def experts_from_hf(hf: Mapping[str, Any], where: str, width: str, **own: Any) -> MoEConfig:
+    """MoEConfig of the keys that families share. width: the key of an expert's features. Raises ValueError."""
+    # transformers uses the two names for the same
+    count = "num_experts" if hf.get("num_local_experts") is None else "num_local_experts"
+    return MoEConfig(
+        num_experts=integer(hf, count, where),
+        experts_per_token=integer(hf, "num_experts_per_tok", where),
+        intermediate_size=integer(hf, width, where),
+        **own,
+    )
 
 
 def expert_sources(config: ModelConfig, prefix: str) -> list[TensorSource]:
