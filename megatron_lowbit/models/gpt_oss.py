@@ -85,13 +85,14 @@ def stored_parts(config: ModelConfig) -> dict[str, StoredPart]:
         for expert in range(experts):
             start = f"{stored}{expert}."
             for offset, name in enumerate(("gate_proj", "up_proj")):
-                every_second = dict(index=expert, start=offset, stop=2 * width, step=2)
                 parts[f"{start}{name}.weight"] = StoredPart(
-                    stored + "gate_up_proj", (experts, hidden, 2 * width), transposed=True, **every_second
-                )
+                    stored + "gate_up_proj", (experts, hidden, 2 * width), index=expert, transposed=True, start=offset,
+                    stop=2 * width, step=2,
+                )  # fmt: skip
                 parts[f"{start}{name}.bias"] = StoredPart(
-                    stored + "gate_up_proj_bias", (experts, 2 * width), **every_second
-                )
+                    stored + "gate_up_proj_bias", (experts, 2 * width), index=expert, start=offset, stop=2 * width,
+                    step=2,
+                )  # fmt: skip
             parts[start + "down_proj.weight"] = StoredPart(
                 stored + "down_proj", (experts, width, hidden), index=expert, transposed=True
             )
