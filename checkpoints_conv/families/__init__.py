@@ -1,8 +1,13 @@
-"""Name tables of the model families, by GGUF architecture."""
+"""The model families that GGUF files are read of, by `general.architecture`."""
 
 from __future__ import annotations
 
+from checkpoints_conv.families.gemma import GEMMA, GEMMA2, GEMMA3
 from checkpoints_conv.families.llama import LLAMA
+from checkpoints_conv.families.phi3 import PHI3
+from checkpoints_conv.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from checkpoints_conv.families.table import GGUFFamily
 
-FAMILIES: dict[str, GGUFFamily] = {family.architecture: family for family in (LLAMA,)}
+FAMILIES: dict[str, GGUFFamily] = {
+    family.architecture: family for family in (GEMMA, GEMMA2, GEMMA3, LLAMA, PHI3, QWEN2, QWEN3, QWEN3_MOE)
+}

@@ -21,9 +21,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from checkpoints_conv.convert import convert, open_source
 from checkpoints_conv.families.llama import LLAMA
-from checkpoints_conv.gguf_config import llama3_divisors
+from checkpoints_conv.gguf_file import canonical_name
 from checkpoints_conv.gguf_header import GGUFHeader
-from checkpoints_conv.gguf_reader import GGUFCheckpoint, canonical_name
+from checkpoints_conv.gguf_reader import GGUFCheckpoint
+from checkpoints_conv.gguf_rope import llama3_divisors
 from megatron_lowbit.checkpoint.fingerprint import fingerprint
 from megatron_lowbit.checkpoint.open import open_checkpoint
 from megatron_lowbit.checkpoint.reader import check_complete
@@ -208,7 +209,7 @@ def test_untied_head_and_split_names(tensors: dict[str, np.ndarray], tmp_path: P
     reader = GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", untied))
     assert not reader.config.tie_embeddings
     check_complete(reader, tensor_sources(reader.config))
-    assert canonical_name(LLAMA, "blk.3.ffn_gate_exps.weight") == "blk.3.ffn_gate_exps.weight"
+    assert canonical_name(LLAMA, "blk.3.ffn_gate.0.weight") == "blk.3.ffn_gate.0.weight"
     assert canonical_name(LLAMA, "output_norm.weight") == "model.norm.weight"
 
 
@@ -233,10 +234,12 @@ def test_llama3_scaling_is_recovered(tensors: dict[str, np.ndarray], tmp_path: P
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "experts": ({"llama.expert_count": 8}, "mixture of 8 experts"),
-    "yarn": ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
+    "experts": ({"llama.expert_count": 8}, "metadata expert_used_count is None"),
+    "stretched": ({"llama.rope.scaling.type": "su"}, "rope scaling 'su' is not supported"),
+    "yarn": ({"llama.rope.scaling.type": "yarn"}, r"metadata rope\.scaling\.factor is None"),
     "width": ({"llama.attention.key_length": 48}, "over 32 of 48 dimensions"),
-    "window": ({"llama.attention.sliding_window": 64}, "sliding_window 64"),
+    "values": ({"llama.attention.value_length": 48}, "different widths"),
+    "scale": ({"llama.attention.scale": 0.5}, r"metadata attention\.scale is 0\.5, which is not supported"),
 }
 
 
@@ -248,7 +251,9 @@ def test_what_the_model_cannot_do_is_refused(tensors: dict[str, np.ndarray], tmp
 
 
 def test_other_architecture_and_other_tensors(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"architecture 'gptneox' is not supported; supported: \['llama'"):
+    with pytest.raises(
+        ValueError, match=r"architecture 'gptneox' is not supported; supported: \['gemma', 'gemma2', 'gemma3', 'llama'"
+    ):
         GGUFCheckpoint(write_gguf(tmp_path / "g.gguf", tensors, architecture="gptneox"))
     extra = write_gguf(tmp_path / "e.gguf", tensors | {"mystery.weight": np.zeros(4, np.float32)})
     with pytest.raises(ValueError, match=r"no place in a llama model .*mystery\.weight"):
