@@ -4,35 +4,55 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from megatron_lowbit.comm.sync_point import SyncPoint
 from megatron_lowbit.config import ModelConfig
+from megatron_lowbit.layers.attend import attend
 from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.layers.linear import QKVParallelLinear, RowParallelLinear, Tensors
-from megatron_lowbit.layers.rotary import rotate
+from megatron_lowbit.layers.norm import RMSNorm
+from megatron_lowbit.layers.rotary import RotaryTables, rotate
+from megatron_lowbit.layers.sharded import ShardedModule
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.sharding import cut_evenly
 
-# Shapes: T tokens of all sequences, B sequences, S tokens of one sequence, D head features;
-# N query heads of this rank, M its key-value heads, G the most query heads that share one of them here.
+# Shapes: T tokens of all sequences, B sequences, S new tokens of one sequence, E all its tokens, D head features;
+# N query heads of this rank, M its key-value heads, W the most query heads that share one of them here.
+
+#: Queries of a sequence that attend together where masks or scores would otherwise grow with its square.
+_QUERIES_AT_ONCE = 512
 
 
-class Attention(nn.Module):
+class Attention(ShardedModule):
     """Causal self-attention with rotary embedding; adds its output to the residual.
 
     Query heads are dealt evenly; where a key-value head's group is cut between ranks, both hold that head and each
     attends with its own part of the group, so any head count runs at any tensor-parallel size without approximation.
     """
 
+    sinks: torch.Tensor | None
+
     def __init__(
         self, context: ParallelContext, config: ModelConfig, tensors: Tensors, prefix: str, dtype: torch.dtype,
-        sync_point: SyncPoint,
+        sync_point: SyncPoint, window: int | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(context)
         self.qkv_proj = QKVParallelLinear(context, tensors, prefix, dtype)
         self.o_proj = RowParallelLinear(context, tensors, f"{prefix}.o_proj", dtype, sync_point)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            eps, offset = config.rms_norm_eps, config.norm_offset
+            self.q_norm = RMSNorm(context, tensors[f"{prefix}.q_norm.weight"], eps, dtype, offset)
+            self.k_norm = RMSNorm(context, tensors[f"{prefix}.k_norm.weight"], eps, dtype, offset)
+        if config.attention_sinks:
+            self.add_parameter("sinks", torch.float32, tensors[f"{prefix}.sinks"])
+        else:
+            self.sinks = None
+        self.window = window
         self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.softcap = config.attention_softcap
+        self._written_out = config.attention_softcap is not None or config.attention_sinks
         rank, size = context.shard
         first, stop = cut_evenly(config.num_heads, size)[rank]
         groups = [head // config.heads_per_kv_head for head in range(first, stop)]
@@ -51,74 +71,118 @@ class Attention(nn.Module):
         self,
         x_TH: torch.Tensor,
         residual_TH: torch.Tensor,
-        rotary_tables: tuple[torch.Tensor, torch.Tensor],
+        rotary: RotaryTables,
         batch: TokenBatch,
         layer_cache: tuple[torch.Tensor, torch.Tensor] | None,
         state: object,
     ) -> torch.Tensor:
         """FP32 residual with the attention output added; `layer_cache` (keys, values) is filled in place."""
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x_TH))
-        query, key = rotate(query, rotary_tables), rotate(key, rotary_tables)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate(query, rotary.tokens)
+        if rotary.keys is None:
+            key = rotate(key, rotary.tokens)
         if self.num_heads == 0:
             attended = query.flatten(1)
         elif layer_cache is not None and batch.is_decode:
-            attended = self._decode(query, key, value, batch, layer_cache)
+            attended = self._decode(query, key, value, rotary, batch, layer_cache)
         else:
-            attended = self._prefill(query, key, value, batch, layer_cache)
+            attended = self._prefill(query, key, value, rotary, batch, layer_cache)
         return self.o_proj(attended, residual_TH, x_TH, state)
 
     def _decode(
-        self, query_BND: torch.Tensor, key_BMD: torch.Tensor, value_BMD: torch.Tensor, batch: TokenBatch,
-        cache: tuple[torch.Tensor, torch.Tensor],
+        self, query_BND: torch.Tensor, key_BMD: torch.Tensor, value_BMD: torch.Tensor, rotary: RotaryTables,
+        batch: TokenBatch, cache: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:  # fmt: skip
         """One new token for each sequence. The query heads of a group attend together as rows of one product."""
         keys, values = cache
         rows = torch.arange(len(batch.lengths), device=query_BND.device)
         keys[rows, :, batch.positions_T] = key_BMD
         values[rows, :, batch.positions_T] = value_BMD
-        longest = max(batch.starts) + 1
-        shape = (query_BND.shape[0], self.num_kv_heads, self._widest, self.head_dim)
-        if self._groups_are_full:
-            grouped = query_BND.view(shape)
-        else:  # uneven groups: pad each to the widest; the padding attends to something and is dropped again
-            padded = query_BND.new_zeros(shape[0], shape[1] * shape[2], shape[3])
-            padded[:, self._group_slots] = query_BND
-            grouped = padded.view(shape)
-        out = F.scaled_dot_product_attention(
-            grouped, keys[:, :, :longest], values[:, :, :longest], attn_mask=batch.decode_mask
-        ).flatten(1, 2)
-        if not self._groups_are_full:
-            out = out[:, self._group_slots]
-        return out.flatten(1)
+        first, end, mask = batch.decode_view(self.window)
+        key_BMED, value_BMED = keys[:, :, first:end], values[:, :, first:end]
+        if rotary.keys is not None:
+            key_BMED = rotate(key_BMED, rotary.between(first, end))
+        grouped = self._grouped(query_BND)
+        if self._written_out:
+            if mask is None:
+                mask = torch.ones((), dtype=torch.bool, device=query_BND.device)
+            sinks = None if self.sinks is None else self._grouped(self.sinks[None, :, None])
+            out = attend(grouped, key_BMED, value_BMED, mask, self.scale, self.softcap, sinks)
+        else:
+            out = F.scaled_dot_product_attention(grouped, key_BMED, value_BMED, attn_mask=mask, scale=self.scale)
+        return self._ungrouped(out).flatten(1)
 
     def _prefill(
-        self, query_TND: torch.Tensor, key_TMD: torch.Tensor, value_TMD: torch.Tensor, batch: TokenBatch,
-        cache: tuple[torch.Tensor, torch.Tensor] | None,
+        self, query_TND: torch.Tensor, key_TMD: torch.Tensor, value_TMD: torch.Tensor, rotary: RotaryTables,
+        batch: TokenBatch, cache: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:  # fmt: skip
         """Several new tokens a sequence, sequence by sequence: none sees another's tokens or padding."""
         outputs = []
         pieces = (tensor.split(batch.lengths) for tensor in (query_TND, key_TMD, value_TMD))
-        for row, (query, key, value) in enumerate(zip(*pieces, strict=True)):
+        for row, (query_SND, key, value) in enumerate(zip(*pieces, strict=True)):
             start, end = batch.starts[row], batch.starts[row] + batch.lengths[row]
-            query_NSD, key_MSD, value_MSD = (part.transpose(0, 1) for part in (query, key, value))
+            key_MED, value_MED = key.transpose(0, 1), value.transpose(0, 1)
             if cache is not None:
                 keys, values = cache
-                keys[row, :, start:end] = key_MSD
-                values[row, :, start:end] = value_MSD
-                key_MSD, value_MSD = keys[row, :, :end], values[row, :, :end]
-            mask = None
-            if start:
-                mask = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
-            if not self._groups_are_full:  # uneven groups: each query head gets a copy of its key-value head
-                key_MSD = key_MSD.index_select(0, self.kv_of_query)
-                value_MSD = value_MSD.index_select(0, self.kv_of_query)
-            out = F.scaled_dot_product_attention(
-                query_NSD[None],
-                key_MSD[None],
-                value_MSD[None],
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=self._groups_are_full,
-            )
-            outputs.append(out[0].transpose(0, 1).flatten(1))
+                keys[row, :, start:end] = key_MED
+                values[row, :, start:end] = value_MED
+                key_MED, value_MED = keys[row, :, :end], values[row, :, :end]
+            if rotary.keys is not None:
+                key_MED = rotate(key_MED, rotary.between(0, end, row))
+            together = _QUERIES_AT_ONCE if self._written_out or self.window is not None else end - start
+            for block_SND in query_SND.split(together):
+                stop = start + len(block_SND)
+                first = 0 if self.window is None else max(0, start + 1 - self.window)
+                seen = key_MED[:, first:stop], value_MED[:, first:stop]
+                outputs.append(self._attend_causally(block_SND, *seen, start - first, batch))
+                start = stop
         return torch.cat(outputs)
+
+    def _attend_causally(
+        self, query_SND: torch.Tensor, key_MED: torch.Tensor, value_MED: torch.Tensor, before: int, batch: TokenBatch
+    ) -> torch.Tensor:
+        """`[S, N * D]`: queries behind `before` of the keys, each of which sees its window of those up to its own."""
+        queries, keys = len(query_SND), key_MED.shape[1]
+        if self._written_out:
+            mask_SE = batch.causal_mask(before, queries, self.window)
+            grouped_MQD = self._grouped(query_SND).permute(1, 2, 0, 3).flatten(1, 2)
+            sink_MQ1 = None
+            if self.sinks is not None:
+                sink_MQ1 = self._grouped(self.sinks[None, :, None])[0].repeat_interleave(queries, dim=1)
+            mask_QE = mask_SE.repeat(self._widest, 1)
+            out = attend(grouped_MQD, key_MED, value_MED, mask_QE, self.scale, self.softcap, sink_MQ1)
+            return self._ungrouped(out.unflatten(1, (self._widest, queries)).permute(2, 0, 1, 3)).flatten(1)
+        # without a mask torch takes a quicker way
+        is_plain = before == 0 and (self.window is None or self.window >= keys)
+        if not self._groups_are_full:  # uneven groups: each query head gets a copy of its key-value head
+            key_MED = key_MED.index_select(0, self.kv_of_query)
+            value_MED = value_MED.index_select(0, self.kv_of_query)
+        out = F.scaled_dot_product_attention(
+            query_SND.transpose(0, 1)[None],
+            key_MED[None],
+            value_MED[None],
+            attn_mask=None if is_plain else batch.causal_mask(before, queries, self.window),
+            is_causal=is_plain,
+            scale=self.scale,
+            enable_gqa=self._groups_are_full,
+        )
+        return out[0].transpose(0, 1).flatten(1)
+
+    def _grouped(self, x_TND: torch.Tensor) -> torch.Tensor:
+        """`[T, M, W, D]`: the query heads of each key-value head.
+
+        Uneven groups are padded to the widest; the padding attends to something and is dropped again.
+        """
+        shape = (x_TND.shape[0], self.num_kv_heads, self._widest, x_TND.shape[2])
+        if self._groups_are_full:
+            return x_TND.reshape(shape)
+        padded = x_TND.new_zeros(shape[0], shape[1] * shape[2], shape[3])
+        padded[:, self._group_slots] = x_TND
+        return padded.view(shape)
+
+    def _ungrouped(self, x_TMWD: torch.Tensor) -> torch.Tensor:
+        """`[T, N, D]` again."""
+        x = x_TMWD.flatten(1, 2)
+        return x if self._groups_are_full else x[:, self._group_slots]

@@ -48,18 +48,51 @@ class TokenBatch:
         """Index of each sequence's last new token, `[B]`."""
         return torch.tensor(self.lengths, device=self.tokens_T.device).cumsum(0) - 1
 
+    def decode_view(self, window: int | None) -> tuple[int, int, torch.Tensor | None]:
+        """(first, end, mask): the cached positions that the new tokens of all sequences see, `window` of each at most.
+
+        mask: `[B, 1, 1, end - first]`, True where a sequence sees a position; None where all see the same.
+        """
+        if window not in self._decode_views:
+            starts_B1 = torch.tensor(self.starts, device=self.tokens_T.device)[:, None]
+            first = 0 if window is None else max(0, min(self.starts) + 1 - window)
+            end, mask = max(self.starts) + 1, None
+            if min(self.starts) + 1 < end:
+                positions = torch.arange(first, end, device=starts_B1.device)
+                mask = positions <= starts_B1
+                if window is not None:
+                    mask &= positions > starts_B1 - window
+                mask = mask[:, None, None, :]
+            self._decode_views[window] = first, end, mask
+        return self._decode_views[window]
+
+    def causal_mask(self, before: int, queries: int, window: int | None) -> torch.Tensor:
+        """`[queries, before + queries]`, True where a query behind `before` keys sees a key: those up to its own
+        position, the last `window` of them, its own included."""
+        key = before, queries, window
+        if key not in self._causal_masks:
+            ones = torch.ones(queries, before + queries, dtype=torch.bool, device=self.tokens_T.device)
+            mask = ones.tril(before)
+            self._causal_masks[key] = mask if window is None else mask.triu(before + 1 - window)
+        return self._causal_masks[key]
+
+    # made once and used by all layers with the same window
+
     @cached_property
-    def decode_mask(self) -> torch.Tensor | None:
-        """`[B, 1, 1, longest]`, True where a sequence's cache holds a token; None when all are equally long."""
-        longest = max(self.starts) + 1
-        if min(self.starts) + 1 == longest:
-            return None
-        ends = torch.tensor(self.starts, device=self.tokens_T.device) + 1
-        return (torch.arange(longest, device=ends.device) < ends[:, None])[:, None, None, :]
+    def _decode_views(self) -> dict[int | None, tuple[int, int, torch.Tensor | None]]:
+        return {}
+
+    @cached_property
+    def _causal_masks(self) -> dict[tuple[int, int, int | None], torch.Tensor]:
+        return {}
 
 
 class KVCache:
-    """Keys and values `[B, N, capacity, D]` of every layer for a fixed set of sequences."""
+    """Keys and values `[B, N, capacity, D]` of every layer for a fixed set of sequences.
+
+    Layers with a sliding window keep all positions, too: slots are positions in every layer, and any chunking of a
+    prompt is exact. It costs memory, not time, since only the window is read.
+    """
 
     def __init__(
         self, layers: int, sequences: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype,

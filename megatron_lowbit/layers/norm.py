@@ -1,4 +1,4 @@
-"""RMSNorm of the FP32 residual stream, through NVIDIA's apex where it is really installed."""
+"""RMSNorm of the FP32 residual stream, of sums or of heads, through NVIDIA's apex where it is really installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_lowbit.layers.sharded import ShardedModule
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.sharding import TensorSource
 
-# Shapes: T tokens, H hidden features.
+# Shapes: H normed features, of the residual or of one head.
 
 
 def nvidia_apex_is_installed() -> bool:
@@ -22,21 +22,30 @@ def nvidia_apex_is_installed() -> bool:
 
 
 class RMSNorm(ShardedModule):
-    """`x / rms(x) * weight` in FP32, returned in the model's dtype."""
+    """`x / rms(x) * (weight + offset)` over the last dimension in FP32, returned in `dtype`."""
 
     weight: torch.Tensor
 
-    def __init__(self, context: ParallelContext, source: TensorSource, eps: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, context: ParallelContext, source: TensorSource, eps: float, dtype: torch.dtype, offset: float = 0.0
+    ) -> None:
         super().__init__(context)
         # kept in FP32: H values a layer cost nothing, and the product is rounded only once
         self.add_parameter("weight", torch.float32, source)
         self.eps = eps
         self.dtype = dtype
+        self.offset = offset
         self.use_apex = context.device.type == "cuda" and nvidia_apex_is_installed()
 
-    def forward(self, residual_TH: torch.Tensor) -> torch.Tensor:
+    def scale(self) -> torch.Tensor:
+        """FP32 `[H]` that normed features are multiplied by."""
+        # not folded into the stored weight: that is shared with other models, and bf16 weights near 0 keep their bits
+        return self.weight + self.offset if self.offset else self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: `[..., H]` of any floating-point dtype."""
         if self.use_apex:
             from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
-            return fused_rms_norm_affine(residual_TH, self.weight, self.weight.shape, self.eps).to(self.dtype)
-        return F.rms_norm(residual_TH, self.weight.shape, self.weight, self.eps).to(self.dtype)
+            return fused_rms_norm_affine(x.float(), self.scale(), self.weight.shape, self.eps).to(self.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.scale(), self.eps).to(self.dtype)

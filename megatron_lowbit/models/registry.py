@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from megatron_lowbit.config import ModelConfig
-from megatron_lowbit.models import llama
+from megatron_lowbit.models import gemma, gpt_oss, llama, mistral, mixtral, phi3, qwen, qwen3_moe
 from megatron_lowbit.sharding import TensorSource
 from megatron_lowbit.stored import StoredPart
 
@@ -22,7 +22,19 @@ class Family(Protocol):
     def stored_parts(self, config: ModelConfig) -> dict[str, StoredPart]: ...
 
 
-FAMILIES: dict[str, Family] = {"llama": llama}
+FAMILIES: dict[str, Family] = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen,
+    "qwen3": qwen,
+    "gemma": gemma,
+    "gemma2": gemma,
+    "gemma3": gemma,
+    "phi3": phi3,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "gpt_oss": gpt_oss,
+}
 
 
 def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
@@ -30,7 +42,7 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
     for family in FAMILIES.values():
         if hf.get("model_type") in family.MODEL_TYPES:
             return family.config_from_hf(hf, where)
-    supported = sorted(kind for family in FAMILIES.values() for kind in family.MODEL_TYPES)
+    supported = sorted({kind for family in FAMILIES.values() for kind in family.MODEL_TYPES})
     raise ValueError(f"{where}: model_type {hf.get('model_type')!r} is not supported; supported: {supported}")
 
 

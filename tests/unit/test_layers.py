@@ -12,6 +12,7 @@ from megatron_lowbit.checkpoint.open import open_checkpoint
 from megatron_lowbit.comm.sync_point import SyncPoint
 from megatron_lowbit.config import ModelConfig, RopeScaling
 from megatron_lowbit.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from megatron_lowbit.layers.norm import RMSNorm, nvidia_apex_is_installed
 from megatron_lowbit.layers.rotary import Rotary, inverse_frequencies, rotate
@@ -118,6 +119,11 @@ def test_assignment_is_strict():
             assign_parameters(layer, tensors)
 
 
+def at(positions: torch.Tensor) -> TokenBatch:
+    """A batch of single tokens at these positions."""
+    return TokenBatch(torch.zeros_like(positions), (1,) * len(positions), tuple(positions.tolist()))
+
+
 # ---- norm and rotary ------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +164,7 @@ def test_rotary_equals_transformers(tiny_models, variant):
     query = randn(6, 3, config.head_dim)
     cos, sin = theirs(query, positions[None])
     expected, _ = apply_rotary_pos_emb(query.transpose(0, 1)[None], query.transpose(0, 1)[None], cos, sin)
-    got = rotate(query, Rotary(config, CPU).tables(positions))
+    got = rotate(query, Rotary(config, CPU).tables(at(positions)).tokens)
     torch.testing.assert_close(got, expected[0].transpose(0, 1), rtol=0, atol=1e-5)
     assert torch.equal(got[0], query[0]), "position 0 turns nothing"
 
@@ -185,7 +191,9 @@ def test_rotation_keeps_lengths_and_relative_positions():
     rotary = Rotary(config, CPU)
 
     def product(a: int, b: int) -> float:
-        left, right = (rotate(x, rotary.tables(torch.tensor([at]))) for x, at in ((query, a), (key, b)))
+        left, right = (
+            rotate(x, rotary.tables(at(torch.tensor([place]))).tokens) for x, place in ((query, a), (key, b))
+        )
         return float((left * right).sum())
 
     assert product(3, 10) == pytest.approx(product(40, 47), abs=1e-5)

@@ -46,9 +46,7 @@ def run(attention: Attention, config, steps: list[tuple[torch.Tensor, TokenBatch
     rotary = Rotary(config, CPU)
     sequences = len(steps[0][1].lengths)
     cache = tuple(torch.zeros(sequences, attention.num_kv_heads, 20, config.head_dim) for _ in range(2))
-    return [
-        attention(x, torch.zeros_like(x), rotary.tables(batch.positions_T), batch, cache, None) for x, batch in steps
-    ]
+    return [attention(x, torch.zeros_like(x), rotary.tables(batch), batch, cache, None) for x, batch in steps]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7, 8, 9, 11])

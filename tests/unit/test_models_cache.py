@@ -109,9 +109,22 @@ def test_garbage_behind_a_sequence_is_not_seen(model):
 def test_decode_mask_only_where_lengths_differ():
     batch = TokenBatch(torch.tensor([5, 6]), (1, 1), (2, 0))
     assert batch.is_decode and batch.positions_T.tolist() == [2, 0]
-    assert batch.decode_mask is not None
-    assert batch.decode_mask[:, 0, 0].tolist() == [[True, True, True], [True, False, False]]
-    assert TokenBatch(torch.tensor([5, 6]), (1, 1), (4, 4)).decode_mask is None
+    first, end, mask = batch.decode_view(None)
+    assert (first, end) == (0, 3) and mask is not None
+    assert mask[:, 0, 0].tolist() == [[True, True, True], [True, False, False]]
+    assert TokenBatch(torch.tensor([5, 6]), (1, 1), (4, 4)).decode_view(None) == (0, 5, None)
+
+
+def test_views_of_a_window():
+    """A token sees itself and the one before: positions of a decode step begin where the last sequence looks."""
+    batch = TokenBatch(torch.tensor([5, 6]), (1, 1), (5, 3))
+    first, end, mask = batch.decode_view(2)
+    assert (first, end) == (2, 6) and mask is not None
+    assert mask[:, 0, 0].tolist() == [[False, False, True, True], [True, True, False, False]]
+    assert TokenBatch(torch.tensor([5, 6]), (1, 1), (4, 4)).decode_view(2) == (3, 5, None)
+    seen = batch.causal_mask(1, 3, 2).int().tolist()
+    assert seen == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert batch.causal_mask(1, 2, None).int().tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 def test_positions_of_chunks():

@@ -141,9 +141,9 @@ def test_config_reads_old_and_new_rotary_keys():
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported:.*llama"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"sliding_window": 16, "max_position_embeddings": 64}, "sliding_window 16 is shorter"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope type 'dynamic' is not supported"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key-value heads"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"head_dim": 3}, "3 of 3 features"),
