@@ -11,7 +11,7 @@ from megatron_lowbit.layers.attend import attend
 from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.layers.linear import QKVParallelLinear, RowParallelLinear, Tensors
 from megatron_lowbit.layers.norm import RMSNorm
-from megatron_lowbit.layers.rotary import RotaryTables, rotate
+from megatron_lowbit.layers.rotary import Tables, rotate
 from megatron_lowbit.layers.sharded import ShardedModule
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.sharding import cut_evenly
@@ -71,7 +71,7 @@ class Attention(ShardedModule):
         self,
         x_TH: torch.Tensor,
         residual_TH: torch.Tensor,
-        rotary: RotaryTables,
+        rotary: Tables,
         batch: TokenBatch,
         layer_cache: tuple[torch.Tensor, torch.Tensor] | None,
         state: object,
@@ -80,20 +80,18 @@ class Attention(ShardedModule):
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x_TH))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query = rotate(query, rotary.tokens)
-        if rotary.keys is None:
-            key = rotate(key, rotary.tokens)
+        query, key = rotate(query, rotary), rotate(key, rotary)
         if self.num_heads == 0:
             attended = query.flatten(1)
         elif layer_cache is not None and batch.is_decode:
-            attended = self._decode(query, key, value, rotary, batch, layer_cache)
+            attended = self._decode(query, key, value, batch, layer_cache)
         else:
-            attended = self._prefill(query, key, value, rotary, batch, layer_cache)
+            attended = self._prefill(query, key, value, batch, layer_cache)
         return self.o_proj(attended, residual_TH, x_TH, state)
 
     def _decode(
-        self, query_BND: torch.Tensor, key_BMD: torch.Tensor, value_BMD: torch.Tensor, rotary: RotaryTables,
-        batch: TokenBatch, cache: tuple[torch.Tensor, torch.Tensor],
+        self, query_BND: torch.Tensor, key_BMD: torch.Tensor, value_BMD: torch.Tensor, batch: TokenBatch,
+        cache: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:  # fmt: skip
         """One new token for each sequence. The query heads of a group attend together as rows of one product."""
         keys, values = cache
@@ -102,8 +100,6 @@ class Attention(ShardedModule):
         values[rows, :, batch.positions_T] = value_BMD
         first, end, mask = batch.decode_view(self.window)
         key_BMED, value_BMED = keys[:, :, first:end], values[:, :, first:end]
-        if rotary.keys is not None:
-            key_BMED = rotate(key_BMED, rotary.between(first, end))
         grouped = self._grouped(query_BND)
         if self._written_out:
             if mask is None:
@@ -115,8 +111,8 @@ class Attention(ShardedModule):
         return self._ungrouped(out).flatten(1)
 
     def _prefill(
-        self, query_TND: torch.Tensor, key_TMD: torch.Tensor, value_TMD: torch.Tensor, rotary: RotaryTables,
-        batch: TokenBatch, cache: tuple[torch.Tensor, torch.Tensor] | None,
+        self, query_TND: torch.Tensor, key_TMD: torch.Tensor, value_TMD: torch.Tensor, batch: TokenBatch,
+        cache: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:  # fmt: skip
         """Several new tokens a sequence, sequence by sequence: none sees another's tokens or padding."""
         outputs = []
@@ -129,8 +125,6 @@ class Attention(ShardedModule):
                 keys[row, :, start:end] = key_MED
                 values[row, :, start:end] = value_MED
                 key_MED, value_MED = keys[row, :, :end], values[row, :, :end]
-            if rotary.keys is not None:
-                key_MED = rotate(key_MED, rotary.between(0, end, row))
             together = _QUERIES_AT_ONCE if self._written_out or self.window is not None else end - start
             for block_SND in query_SND.split(together):
                 stop = start + len(block_SND)

@@ -70,11 +70,13 @@ class TokenBatch:
         """`[queries, before + queries]`, True where a query behind `before` keys sees a key: those up to its own
         position, the last `window` of them, its own included."""
         key = before, queries, window
-        if key not in self._causal_masks:
-            ones = torch.ones(queries, before + queries, dtype=torch.bool, device=self.tokens_T.device)
-            mask = ones.tril(before)
-            self._causal_masks[key] = mask if window is None else mask.triu(before + 1 - window)
-        return self._causal_masks[key]
+        if key in self._window_masks:
+            return self._window_masks[key]
+        mask = torch.ones(queries, before + queries, dtype=torch.bool, device=self.tokens_T.device).tril(before)
+        if window is None:  # not kept: those of a long prompt together are as large as its square
+            return mask
+        self._window_masks[key] = mask.triu(before + 1 - window)
+        return self._window_masks[key]
 
     # made once and used by all layers with the same window
 
@@ -83,7 +85,7 @@ class TokenBatch:
         return {}
 
     @cached_property
-    def _causal_masks(self) -> dict[tuple[int, int, int | None], torch.Tensor]:
+    def _window_masks(self) -> dict[tuple[int, int, int | None], torch.Tensor]:
         return {}
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from megatron_lowbit.config import ModelConfig, RopeScaling
 from megatron_lowbit.layers.kv_cache import TokenBatch
 
-# Shapes: T tokens, B sequences, E tokens of the longest sequence so far, N heads, D features of a head, P rotated pairs
-# of them.
+# Shapes: T tokens, B sequences, N heads, D features of a head, P rotated pairs of them.
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -81,64 +79,50 @@ def attention_factor(scaling: RopeScaling | None) -> float:
     return 1.0
 
 
-@dataclass(frozen=True)
-class RotaryTables:
-    """FP32 (cos, sin) of one forward pass.
-
-    tokens: of the new tokens, `[T, 1, 2P]`. keys: None where keys are rotated when they are made. Where a sequence that
-    grows changes the frequencies of all its positions (longrope), caches hold unrotated keys, and these are the tables
-    of every position: `[B, 1, E, 2P]`.
-    """
-
-    tokens: Tables
-    keys: Tables | None = None
-
-    def between(self, first: int, end: int, row: int | slice = slice(None)) -> Tables:
-        """`[B, 1, end - first, 2P]` for keys of all sequences, or without the first dimension for those of one."""
-        assert self.keys is not None
-        cos, sin = self.keys
-        return cos[row, :, first:end], sin[row, :, first:end]
-
-
 class Rotary:
-    """Tables for the positions of one forward pass, shared by all layers that rotate alike."""
+    """Cosines and sines of the positions of one forward pass, shared by all layers that rotate alike."""
 
     def __init__(self, config: ModelConfig, device: torch.device, local: bool = False) -> None:
         scaling = None if local and config.rope_local_theta is not None else config.rope_scaling
-        self._short = inverse_frequencies(config, local).to(device)
+        self._frequencies = inverse_frequencies(config, local).to(device)
         self._factor = attention_factor(scaling)
         self._long: torch.Tensor | None = None
         if scaling is not None and scaling.kind == "longrope":
             self._long = inverse_frequencies(config, local, long=True).to(device)
             self._original = scaling.original_max_position
 
-    def tables(self, batch: TokenBatch) -> RotaryTables:
-        if self._long is None:
-            return RotaryTables(self._of_angles(torch.outer(batch.positions_T.float(), self._short).unsqueeze(1)))
-        device = self._short.device
-        ends = [start + length for start, length in zip(batch.starts, batch.lengths, strict=True)]
-        is_long_B1 = torch.tensor([[end > self._original] for end in ends], device=device)
-        frequencies_BP = torch.where(is_long_B1, self._long, self._short)
-        positions_E = torch.arange(max(ends, default=0), device=device).float()
-        keys = self._of_angles((positions_E[:, None] * frequencies_BP[:, None, :]).unsqueeze(1))
-        rows_T = torch.repeat_interleave(torch.tensor(batch.lengths, device=device))
-        cos, sin = (table[rows_T, :, batch.positions_T] for table in keys)
-        return RotaryTables((cos, sin), keys)
-
-    def _of_angles(self, angles: torch.Tensor) -> Tables:
-        angles = torch.cat((angles, angles), dim=-1)
+    def tables(self, batch: TokenBatch, capacity: int | None = None) -> Tables:
+        """FP32 (cos, sin), each `[T, 1, 2P]`; capacity: of the cache that the keys go into, None without one."""
+        angles_TP = batch.positions_T.float()[:, None] * self._chosen(batch, capacity)
+        angles = torch.cat((angles_TP, angles_TP), dim=-1).unsqueeze(1)
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if self._factor == 1.0 else (cos * self._factor, sin * self._factor)
 
+    def _chosen(self, batch: TokenBatch, capacity: int | None) -> torch.Tensor:
+        """Frequencies `[P]`, or `[T, P]` where they differ by sequence.
 
-def rotate(x: torch.Tensor, tables: Tables) -> torch.Tensor:
-    """Rotates the pairs (d, d + P) of the leading 2P features in FP32; returns the dtype of `x`.
+        Long ones are for sequences beyond the original context. What is cached cannot change over when a sequence
+        grows, in deeper layers least of all, so a cache decides by what it could hold. (transformers decides anew with
+        every pass, and throws its cache away at the border.)
+        """
+        if self._long is None:
+            return self._frequencies
+        if capacity is not None:
+            return self._long if capacity > self._original else self._frequencies
+        ends = [start + length for start, length in zip(batch.starts, batch.lengths, strict=True)]
+        device = self._frequencies.device
+        is_long_B = torch.tensor([end > self._original for end in ends], device=device)
+        is_long_T = is_long_B.repeat_interleave(torch.tensor(batch.lengths, device=device))
+        return torch.where(is_long_T[:, None], self._long, self._frequencies)
 
-    x: `[T, N, D]`, or `[..., N, E, D]` with tables of keys.
-    """
+
+def rotate(x_TND: torch.Tensor, tables: Tables) -> torch.Tensor:
+    """Rotates the pairs (d, d + P) of the leading 2P features in FP32; returns the dtype of `x_TND`."""
     cos, sin = tables
-    turned, passed = x.float().split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    width = cos.shape[-1]
+    x = x_TND.float()
+    turned = x[..., :width]
     first, second = turned.chunk(2, dim=-1)
     # product and sum apart, as transformers computes it: at one rank our FP32 logits equal its logits bit for bit
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return (turned if passed.shape[-1] == 0 else torch.cat((turned, passed), dim=-1)).to(x.dtype)
+    return (turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)).to(x_TND.dtype)

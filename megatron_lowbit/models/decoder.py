@@ -17,7 +17,7 @@ from megatron_lowbit.layers.linear import Tensors
 from megatron_lowbit.layers.mlp import GatedMLP
 from megatron_lowbit.layers.moe import MoE
 from megatron_lowbit.layers.norm import RMSNorm
-from megatron_lowbit.layers.rotary import Rotary, RotaryTables
+from megatron_lowbit.layers.rotary import Rotary, Tables
 from megatron_lowbit.layers.sharded import ShardedModule
 from megatron_lowbit.models.registry import tensor_sources
 from megatron_lowbit.parallel import ParallelContext
@@ -69,7 +69,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         residual_TH: torch.Tensor,
-        rotary: RotaryTables,
+        rotary: Tables,
         batch: TokenBatch,
         layer_cache: tuple[torch.Tensor, torch.Tensor] | None,
         state: object,
@@ -134,8 +134,9 @@ class Decoder(nn.Module):
     def forward(self, batch: TokenBatch, cache: KVCache | None = None) -> torch.Tensor:
         """Normed hidden states `[T, H]` in the model's dtype; with a cache, its keys and values grow by the batch."""
         residual_TH = self.embed_tokens(batch.tokens_T).float()
-        rotary = self._rotary.tables(batch)
-        local_rotary = rotary if self._local_rotary is None else self._local_rotary.tables(batch)
+        capacity = None if cache is None else cache.capacity
+        rotary = self._rotary.tables(batch, capacity)
+        local_rotary = rotary if self._local_rotary is None else self._local_rotary.tables(batch, capacity)
         state = None if self._new_state is None else self._new_state(batch)
         for index, layer in enumerate(self.layers):
             layer_cache = None if cache is None else (cache.keys[index], cache.values[index])

@@ -164,7 +164,7 @@ def test_rotary_equals_transformers(tiny_models, variant):
     query = randn(6, 3, config.head_dim)
     cos, sin = theirs(query, positions[None])
     expected, _ = apply_rotary_pos_emb(query.transpose(0, 1)[None], query.transpose(0, 1)[None], cos, sin)
-    got = rotate(query, Rotary(config, CPU).tables(at(positions)).tokens)
+    got = rotate(query, Rotary(config, CPU).tables(at(positions)))
     torch.testing.assert_close(got, expected[0].transpose(0, 1), rtol=0, atol=1e-5)
     assert torch.equal(got[0], query[0]), "position 0 turns nothing"
 
@@ -191,9 +191,7 @@ def test_rotation_keeps_lengths_and_relative_positions():
     rotary = Rotary(config, CPU)
 
     def product(a: int, b: int) -> float:
-        left, right = (
-            rotate(x, rotary.tables(at(torch.tensor([place]))).tokens) for x, place in ((query, a), (key, b))
-        )
+        left, right = (rotate(x, rotary.tables(at(torch.tensor([place])))) for x, place in ((query, a), (key, b)))
         return float((left * right).sum())
 
     assert product(3, 10) == pytest.approx(product(40, 47), abs=1e-5)
