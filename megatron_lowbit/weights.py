@@ -15,6 +15,7 @@ from megatron_lowbit.checkpoint.open import open_checkpoint
 from megatron_lowbit.checkpoint.reader import CheckpointReader, check_complete
 from megatron_lowbit.checkpoint.tensor_parallel import TensorParallelCheckpoint
 from megatron_lowbit.comm.all_reduce import AllReduce, SingleRankAllReduce, build_all_reduce
+from megatron_lowbit.comm.compensation import CompensatedAllReduce, LoopState
 from megatron_lowbit.comm.policy import Policy, PolicyLog
 from megatron_lowbit.comm.saturation import SaturationCounter, SaturationLog
 from megatron_lowbit.comm.schemes import CommScheme
@@ -22,7 +23,7 @@ from megatron_lowbit.comm.symmetric import SymmetricBuffers, reserve
 from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.config import ModelConfig
 from megatron_lowbit.layers.sharded import assign_parameters, sharded_parameters
-from megatron_lowbit.models.decoder import AllReduceFactory, Decoder
+from megatron_lowbit.models.decoder import AllReduceFactory, Decoder, StateFactory
 from megatron_lowbit.models.registry import tensor_sources
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.sharding import TensorSource
@@ -40,9 +41,9 @@ class ModelWeights:
     fingerprint: str
     tensors: dict[str, torch.Tensor]
 
-    def build(self, all_reduce: AllReduceFactory) -> Decoder:
-        """A model over these weights whose sync points use the given collectives."""
-        model = Decoder(self.context, self.config, self.dtype, all_reduce)
+    def build(self, all_reduce: AllReduceFactory, new_state: StateFactory | None = None) -> Decoder:
+        """A model over these weights whose sync points use the given collectives, and what they are given each pass."""
+        model = Decoder(self.context, self.config, self.dtype, all_reduce, new_state)
         assign_parameters(model, self.tensors)
         return model
 
@@ -92,15 +93,15 @@ class ModelWeights:
 
         workspace = Workspace()
 
-        def all_reduce(name: str) -> AllReduce:
+        def all_reduce(name: str) -> AllReduce | CompensatedAllReduce:
             counter = None if saturation is None else saturation.setdefault(name, SaturationCounter())
             constants = sync_point_constants(scheme, name, self.config.hidden_size, calibration, self.context.device)
             return build_all_reduce(
                 self.context, scheme, self.config.hidden_size, constants, backend, name, counter, policy, policy_log,
-                workspace, self.dtype, symmetric=symmetric,
+                workspace, self.dtype, symmetric=symmetric, post_norm=self.config.post_norms,
             )  # fmt: skip
 
-        return self.build(all_reduce)
+        return self.build(all_reduce, (lambda batch: LoopState()) if scheme.loop else None)
 
 
 def load_weights(

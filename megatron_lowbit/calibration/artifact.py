@@ -11,21 +11,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_lowbit.calibration.moments import SyncPointMoments
 from megatron_lowbit.files import replacing
 
 FORMAT = "megatron-lowbit-calibration"
-VERSION = 1
+VERSION = 2
+#: Version 1 had ranges alone.
+READABLE = ("1", "2")
 STATISTICS = ("partial_min", "partial_max", "sum_min", "sum_max")
 
 
 @dataclass(frozen=True)
 class SyncPointStatistics:
-    """Ranges seen at one sync point, FP32: of each rank's partial `[R, H]` and of their sum `[H]`."""
+    """Ranges seen at one sync point, FP32: of each rank's partial `[R, H]` and of their sum `[H]`.
+
+    moments: what schemes beyond the paper use; None in files that have ranges alone.
+    """
 
     partial_min: torch.Tensor
     partial_max: torch.Tensor
     sum_min: torch.Tensor
     sum_max: torch.Tensor
+    moments: SyncPointMoments | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By name, for a file."""
+        found = {name: getattr(self, name).contiguous() for name in STATISTICS}
+        return found if self.moments is None else found | self.moments.tensors()
 
 
 @dataclass(frozen=True)
@@ -47,9 +59,9 @@ class CommCalibration:
     def save(self, path: Path) -> None:
         """Writes beside `path`, then renames: an interrupted run leaves no half file."""
         tensors = {
-            f"{name}.{statistic}": getattr(point, statistic).contiguous()
+            f"{name}.{statistic}": tensor
             for name, point in self.sync_points.items()
-            for statistic in STATISTICS
+            for statistic, tensor in point.tensors().items()
         }
         metadata = {
             "format": FORMAT,
@@ -75,10 +87,10 @@ class CommCalibration:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"{path} is not a calibration file (format {metadata.get('format')!r}); {again}")
-                if metadata.get("version") != str(VERSION):
+                if metadata.get("version") not in READABLE:
                     raise ValueError(
-                        f"calibration {path} has version {metadata.get('version')!r}, this program reads version "
-                        f"{VERSION}; {again}"
+                        f"calibration {path} has version {metadata.get('version')!r}, this program reads "
+                        f"versions {' and '.join(READABLE)}; {again}"
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, struct.error) as error:
@@ -97,17 +109,25 @@ class CommCalibration:
         points: dict[str, dict[str, torch.Tensor]] = {}
         for full_name, tensor in tensors.items():
             name, _, statistic = full_name.rpartition(".")
-            if tuple(tensor.shape) != expected.get(statistic) or tensor.dtype != torch.float32:
+            if statistic in expected and (tuple(tensor.shape) != expected[statistic] or tensor.dtype != torch.float32):
                 raise ValueError(
                     f"calibration {path}: {full_name} is {tensor.dtype} {tuple(tensor.shape)}, expected float32 "
-                    f"{expected.get(statistic, 'nothing of that name')}; {again}"
+                    f"{expected[statistic]}; {again}"
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"calibration {path}: {full_name} holds values that are not finite; {again}")
             points.setdefault(name, {})[statistic] = tensor
-        incomplete = [name for name, statistics in points.items() if set(statistics) != set(STATISTICS)]
+        incomplete = [name for name, statistics in points.items() if not set(STATISTICS) <= set(statistics)]
         if incomplete or not points:
             raise ValueError(f"calibration {path} lacks statistics of {incomplete or 'every sync point'}; {again}")
+        sync_points = {}
+        for name, statistics in points.items():
+            ranges = {statistic: statistics.pop(statistic) for statistic in STATISTICS}
+            try:
+                moments = SyncPointMoments.from_tensors(statistics, tp, hidden) if statistics else None
+            except ValueError as error:
+                raise ValueError(f"calibration {path}: sync point {name}: {error}; {again}") from error
+            sync_points[name] = SyncPointStatistics(**ranges, moments=moments)
         return cls(
             fingerprint=fingerprint,
             tp=tp,
@@ -115,7 +135,7 @@ class CommCalibration:
             sequences=sequences,
             length=length,
             text_sha256=text_sha256,
-            sync_points={name: SyncPointStatistics(**statistics) for name, statistics in points.items()},
+            sync_points=sync_points,
         )
 
     def digest(self) -> str:
@@ -123,8 +143,9 @@ class CommCalibration:
         digest = hashlib.sha256()
         for name, point in sorted(self.sync_points.items()):
             digest.update(name.encode())
-            for statistic in STATISTICS:
-                digest.update(getattr(point, statistic).contiguous().numpy().tobytes())
+            for statistic, tensor in sorted(point.tensors().items()):
+                digest.update(statistic.encode())
+                digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
     def check_fits(self, fingerprint: str, tp: int, where: str) -> None:

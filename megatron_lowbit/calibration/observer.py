@@ -1,10 +1,15 @@
-"""RangeObserver: running value ranges of partial sums and of their sum, updated once per calibration sequence."""
+"""Observers: running value ranges and magnitudes of partial sums and of their sum, updated once a sequence."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from megatron_lowbit.calibration.predictor_fit import MomentObserver
 from megatron_lowbit.comm.all_reduce import AllReduce
+from megatron_lowbit.comm.predictor import PredictorOnDevice
+from megatron_lowbit.comm.sync_point import Norm, join_sum
 
 # Shapes: L ranks living in this process, T tokens of one sequence, H hidden features.
 
@@ -36,16 +41,110 @@ class RangeObserver:
         self.maximum.lerp_(maximum_LH, factor)
 
 
+class RmsObserver:
+    """Mean square per row and feature over all tokens, each token of a sync point weighted alike."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.squares: torch.Tensor | None = None
+
+    def update(self, values_LTH: torch.Tensor) -> None:
+        """Takes in all tokens of one sequence."""
+        squares_LH = values_LTH.float().square().sum(dim=1)
+        self.tokens += values_LTH.shape[1]
+        self.squares = squares_LH if self.squares is None else self.squares.add_(squares_LH)
+
+    @property
+    def rms(self) -> torch.Tensor:
+        """FP32 `[L, H]`."""
+        assert self.squares is not None
+        return (self.squares / self.tokens).sqrt()
+
+
+class RatioObserver:
+    """Root mean square of a row of the sum over that of each rank's partial, mean over sequences."""
+
+    def __init__(self) -> None:
+        self._sequences = 0
+        self._total: torch.Tensor | None = None
+
+    def update(self, partial_LTH: torch.Tensor, full_TH: torch.Tensor) -> None:
+        """Takes in all tokens of one sequence."""
+        rows_L = partial_LTH.float().square().mean(dim=2).sqrt().mean(dim=1).clamp_min(1e-30)
+        ratio_L = full_TH.square().mean(dim=1).sqrt().mean() / rows_L
+        self._sequences += 1
+        self._total = ratio_L if self._total is None else self._total + ratio_L
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """FP32 `[L]`."""
+        assert self._total is not None
+        return self._total / self._sequences
+
+
 class ObservingAllReduce:
-    """Passes the exact sum on and records what went through: calibration is the same model with these in place."""
+    """Passes the exact sum on and records what went through: calibration is the same model with these in place.
 
-    def __init__(self, exact: AllReduce) -> None:
+    moments: filled with products of inputs and partials while `fits` is set (memory: see `MomentObserver`).
+    """
+
+    def __init__(self, exact: AllReduce, moments: MomentObserver | None = None) -> None:
         self._exact = exact
-        self.partial = RangeObserver()
-        self.sum = RangeObserver()
+        self._moments = moments
+        self.fits = True
+        self.partial, self.sum = RangeObserver(), RangeObserver()
+        self.partial_rms, self.sum_rms, self.ratio = RmsObserver(), RmsObserver(), RatioObserver()
 
-    def __call__(self, partial_LTH: torch.Tensor, add_to_TH: torch.Tensor | None = None) -> torch.Tensor:
+    def join(
+        self,
+        partial_LTH: torch.Tensor,
+        residual_TH: torch.Tensor,
+        bias: torch.Tensor | None,
+        block_input_TH: torch.Tensor,
+        state: object,
+        post_norm: Norm | None,
+    ) -> torch.Tensor:
+        """The residual as the exact collective leaves it."""
         full_TH = self._exact(partial_LTH)
         self.partial.update(partial_LTH)
         self.sum.update(full_TH.unsqueeze(0))
-        return full_TH if add_to_TH is None else add_to_TH.add_(full_TH)
+        self.partial_rms.update(partial_LTH)
+        self.sum_rms.update(full_TH.unsqueeze(0))
+        self.ratio.update(partial_LTH, full_TH)
+        if self._moments is not None and self.fits:
+            self._moments.update(block_input_TH, partial_LTH, full_TH)
+        return join_sum(full_TH, residual_TH, bias, post_norm)
+
+
+class RestObservingAllReduce:
+    """Passes the exact sum on and records what a predictor leaves of partials and sums."""
+
+    def __init__(self, exact: AllReduce, ranks: Sequence[int], predictor: PredictorOnDevice) -> None:
+        self._exact = exact
+        self._ranks = ranks
+        self._predictor = predictor
+        self.partial_rms, self.sum_rms = RmsObserver(), RmsObserver()
+        self.before, self.after = 0.0, 0.0
+
+    def join(
+        self,
+        partial_LTH: torch.Tensor,
+        residual_TH: torch.Tensor,
+        bias: torch.Tensor | None,
+        block_input_TH: torch.Tensor,
+        state: object,
+        post_norm: Norm | None,
+    ) -> torch.Tensor:
+        """The residual as the exact collective leaves it."""
+        full_TH = self._exact(partial_LTH)
+        codes_TK = self._predictor.codes(block_input_TH)
+        rest_TH = full_TH - self._predictor.of_sum(codes_TK)
+        pairs = zip(self._ranks, partial_LTH, strict=True)
+        rest_LTH = torch.stack([part.float() - self._predictor.of_rank(codes_TK, rank) for rank, part in pairs])
+        self.partial_rms.update(rest_LTH)
+        self.sum_rms.update(rest_TH.unsqueeze(0))
+        # energies token by token, each token weighing alike, as the fit weighs them
+        energy_T = full_TH.square().mean(dim=1).clamp_min(1e-12)
+        self.before += float(energy_T.numel())
+        self.after += float((rest_TH.square().mean(dim=1) / energy_T).sum())
+        return join_sum(full_TH, residual_TH, bias, post_norm)

@@ -60,13 +60,26 @@ def constants_from_statistics(scheme: CommScheme, name: str, point: SyncPointSta
     name: seeds the random index set of baselines, which differs from sync point to sync point.
     """
     sets = _index_sets(scheme, name, point.sum_min.shape[0], point)
+    moments = point.moments
+    if not scheme.portable:
+        if moments is None:
+            raise ValueError(
+                f"scheme {scheme.name!r} needs a calibration with second moments, this file has ranges alone; run "
+                "`megatron-lowbit calibrate` again"
+            )
+        rank = scheme.predictor_rank
+        sets = replace(sets, predictor=moments.predictor_of_rank(rank), limits=moments.limits(rank > 0))
     if not scheme.has_static_stage:
         return sets
-    reduce_scale, reduce_minimum = _body_constants(scheme.reduce_stage, sets, point.partial_min, point.partial_max)
+    foretold = scheme.predictor_rank > 0
+    partial_rms = None if moments is None else moments.rest_partial_rms if foretold else moments.partial_rms
+    sum_rms = None if moments is None else moments.rest_sum_rms[None] if foretold else moments.sum_rms[None]
+    bounds = point.partial_min, point.partial_max
+    reduce_scale, reduce_minimum = _body_constants(scheme.reduce_stage, sets, *bounds, partial_rms)
     gather_scale, gather_minimum = None, None
     if scheme.gather_stage is not None:
         bounds = point.sum_min[None], point.sum_max[None]
-        gather_scale, gather_minimum = _body_constants(scheme.gather_stage, sets, *bounds)
+        gather_scale, gather_minimum = _body_constants(scheme.gather_stage, sets, *bounds, sum_rms)
     return replace(
         sets,
         reduce_scale_RD=reduce_scale,
@@ -91,12 +104,17 @@ def _index_sets(scheme: CommScheme, name: str, hidden: int, point: SyncPointStat
 
 
 def _body_constants(
-    wire: WireFormat, sets: SyncPointConstants, minimum: torch.Tensor, maximum: torch.Tensor
+    wire: WireFormat,
+    sets: SyncPointConstants,
+    minimum: torch.Tensor,
+    maximum: torch.Tensor,
+    rms: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Scales and minimums of the features that travel as codes, derived from theirs alone."""
     if wire.outlier_divisor and sets.body_index is not None:
         minimum, maximum = minimum[..., sets.body_index], maximum[..., sets.body_index]
-    scale, lowest = static_constants(wire, minimum, maximum)
+        rms = None if rms is None else rms[..., sets.body_index]
+    scale, lowest = static_constants(wire, minimum, maximum, rms)
     return (
         None if scale is None else scale.contiguous(),
         None if lowest is None else lowest.contiguous(),

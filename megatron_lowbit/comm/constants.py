@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_lowbit.comm.predictor import Predictor
 from megatron_lowbit.comm.wire_format import WireFormat
 
 # Shapes: R ranks, H hidden features, K outlier features, D = H - K body features.
@@ -28,19 +29,21 @@ def bf16_scale(largest: torch.Tensor, largest_code: float = 7.0) -> torch.Tensor
 
 
 def static_constants(
-    wire: WireFormat, minimum: torch.Tensor, maximum: torch.Tensor
+    wire: WireFormat, minimum: torch.Tensor, maximum: torch.Tensor, rms: torch.Tensor | None = None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(scales, minimums) of a stage for values between `minimum` and `maximum`, each FP32 and representable in BF16.
 
-    None for what `wire` has no use for. Symmetric codes and floats: the larger bound over the largest code. Asymmetric
-    codes: both roundings go outwards, so that the whole range stays covered, even if it is narrow and far from 0.
-    Prescaled formats: no statistic of typical magnitudes exists, so a factor is the square root of the mean absolute
-    bound, `sqrt((|minimum| + |maximum|) / 2)`: wide features are evened out half-way.
+    None for what `wire` has no use for. rms: root mean squares, where they are known. Symmetric codes and floats: the
+    larger bound over the largest code. Asymmetric codes: both roundings go outwards, so that the whole range stays
+    covered, even if it is narrow and far from 0.
+    Prescaled formats: a factor is the square root of the feature's root mean square, so that wide features are evened
+    out half-way; without that statistic, of the mean absolute bound `(|minimum| + |maximum|) / 2`.
     """
     if not wire.is_static:
         return None, None
     if wire.prescaled:
-        factor = ((minimum.abs().double() + maximum.abs().double()) / 2).sqrt().float()
+        typical = (minimum.abs().double() + maximum.abs().double()) / 2 if rms is None else rms.double()
+        factor = typical.sqrt().float()
         factor = torch.maximum(factor, SMALLEST_FACTOR * factor.amax(dim=-1, keepdim=True))
         return bf16_scale(factor, 1.0), None
     if not wire.has_static_minimum:
@@ -60,6 +63,22 @@ def _bf16_towards(values: torch.Tensor, direction: float) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class LoopLimits:
+    """Typical magnitudes, from calibration, for carrying errors back through a norm.
+
+    partial_rms_RH: of every rank's partials as they are encoded; sum_rms_H: of sums as they are encoded; ratio_R: root
+    mean square of a row of the sum over that of a rank's partial. All FP32.
+    """
+
+    partial_rms_RH: torch.Tensor
+    sum_rms_H: torch.Tensor
+    ratio_R: torch.Tensor
+
+    def to(self, device: torch.device) -> LoopLimits:
+        return LoopLimits(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
 class SyncPointConstants:
     """Index sets, scales and minimums of one sync point.
 
@@ -67,6 +86,7 @@ class SyncPointConstants:
     reduce_scale_RD: FP32 scale of every rank's partial, gather_scale_1D: of the sum; in the order of the stage's body
     (a stage without outliers has all H features), representable in BF16; None where the stage has no static scales.
     reduce_minimum_RD, gather_minimum_1D: likewise, of asymmetric codes. A prescaled stage's factors are its scales.
+    predictor, limits: for schemes that foretell partial sums, and that close the loop over depth.
     """
 
     body_index: torch.Tensor | None = None
@@ -75,10 +95,15 @@ class SyncPointConstants:
     gather_scale_1D: torch.Tensor | None = None
     reduce_minimum_RD: torch.Tensor | None = None
     gather_minimum_1D: torch.Tensor | None = None
+    predictor: Predictor | None = None
+    limits: LoopLimits | None = None
 
     def to(self, device: torch.device) -> SyncPointConstants:
         """The same constants on another device."""
-        return SyncPointConstants(*(None if part is None else part.to(device) for part in vars(self).values()))
+        tensors = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
+        limits = None if self.limits is None else self.limits.to(device)
+        # a predictor stays as small as it is until a collective is built
+        return replace(self, limits=limits, **tensors)  # type: ignore[arg-type]
 
 
 NO_CONSTANTS = SyncPointConstants()

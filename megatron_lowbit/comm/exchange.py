@@ -115,6 +115,11 @@ class TwoStageExchange:
             steps.decode(piece.rows, piece.sum_PB)
         self._context.wait(None, self._name, GATHER)
 
+    def run_all(self, tokens: int, device: torch.device, steps: Sequence[Steps]) -> None:
+        """`run` of this process's only rank."""
+        (own,) = steps
+        self.run(tokens, device, own)
+
     def _start_reduce(self, piece: _Piece, steps: Steps) -> list[int]:
         """Encodes a piece and hands it to the transport; returns the tickets of what the others send for it."""
         tickets = [self._context.receive(peer, rows) for peer, rows in piece.received.items()]

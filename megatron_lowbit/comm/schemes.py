@@ -10,6 +10,8 @@ from megatron_lowbit.comm.format_names import GRAMMAR, OutlierChoice, parse_form
 from megatron_lowbit.comm.wire_format import WireFormat
 
 ONE_STAGE = "one-stage"
+#: Where a name says `predict` alone.
+PREDICTOR_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,9 @@ class CommScheme:
 
     reduce_stage: format of the partial sums on their way to the token's owner (two-stage) or to everybody (one-stage).
     gather_stage: format of the sum on its way back; None makes the scheme one-stage.
+    loop: what encoders miss is made up for at the next sync point. predictor_rank: of the calibrated map that foretells
+        partial sums from the block's input; 0 for none. Schemes with either need more than partial sums: the residual,
+        the block's input, a state of the pass (`portable` is False).
     outlier_choice: how the BF16 features are found: from calibrated ranges, or at random (seeded) as a baseline.
 
     Raises ValueError where the stages set different features apart: one index set serves both.
@@ -28,8 +33,15 @@ class CommScheme:
     gather_stage: WireFormat | None
     outlier_choice: OutlierChoice = "none"
     seed: int = 0
+    loop: bool = False
+    predictor_rank: int = 0
 
     def __post_init__(self) -> None:
+        if self.predictor_rank < 0 or ((self.predictor_rank or self.loop) and self.gather_stage is None):
+            raise ValueError(
+                f"scheme {self.name!r}: the loop and a predictor (of rank {self.predictor_rank}) go with two stages "
+                "and a rank of at least 1"
+            )
         divisors = {wire.outlier_divisor for wire in self._formats} - {0}
         if len(divisors) > 1 or (divisors and self.outlier_choice == "none"):
             raise ValueError(
@@ -47,9 +59,16 @@ class CommScheme:
         return any(wire.is_static for wire in self._formats)
 
     @property
+    def portable(self) -> bool:
+        """True where partial sums are all that the collective needs, so that any engine can use it."""
+        return not (self.loop or self.predictor_rank)
+
+    @property
     def needs_calibration(self) -> bool:
-        return self.has_static_stage or (
-            self.outlier_choice == "calibrated" and any(wire.outlier_divisor for wire in self._formats)
+        return (
+            self.has_static_stage
+            or not self.portable
+            or (self.outlier_choice == "calibrated" and any(wire.outlier_divisor for wire in self._formats))
         )
 
     def outlier_count(self, hidden: int) -> int:
@@ -114,6 +133,13 @@ def parse_scheme(text: str) -> CommScheme:
     except ValueError as error:
         raise ValueError(f"unknown scheme {text!r}: {error}; {known}") from error
     for option in options:
+        rank = option.removeprefix("predict=") if option != "predict" else str(PREDICTOR_RANK)
+        if option == "loop" and not scheme.loop:
+            scheme = replace(scheme, loop=True)
+            continue
+        if option.startswith("predict") and rank.isdecimal() and int(rank) and not scheme.predictor_rank:
+            scheme = replace(scheme, predictor_rank=int(rank))
+            continue
         if option == ONE_STAGE and len(formats) == 1:
             scheme = replace(scheme, gather_stage=None)
         elif option.startswith("seed=") and option[5:].isdecimal() and scheme.outlier_choice == "random":
@@ -121,6 +147,7 @@ def parse_scheme(text: str) -> CommScheme:
         else:
             raise ValueError(
                 f"scheme {text!r}: unknown option {option!r}; allowed: '{ONE_STAGE}' for schemes with one format and, "
-                "for those that end in -random like int4-random, 'seed=N'"
+                "for those that end in -random like int4-random, 'seed=N'; with two stages 'loop', 'predict' or "
+                "'predict=RANK'"
             )
     return scheme

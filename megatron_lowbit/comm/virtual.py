@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_lowbit.comm.codec import Codec
-from megatron_lowbit.comm.exchange import GATHER, REDUCE
+from megatron_lowbit.comm.exchange import GATHER, REDUCE, Steps
 from megatron_lowbit.parallel import TrafficCounter
 
 # Shapes: L ranks living in this process (all R), T tokens, H hidden features, B bytes of a packet row.
@@ -38,7 +40,35 @@ class VirtualAllReduce:
             self._traffic.add(REDUCE, senders * (ranks - 1) * tokens * row_nbytes, senders * (ranks - 1))
             return sum_TH
         packet_TB = self._gather_codec.encode(sum_TH, sender=0)
-        owners = min(ranks, tokens)
-        self._traffic.add(REDUCE, (ranks - 1) * tokens * row_nbytes, owners * (ranks - 1))
-        self._traffic.add(GATHER, (ranks - 1) * tokens * self._gather_codec.layout.row_nbytes, owners * (ranks - 1))
+        count_two_stages(self._traffic, ranks, tokens, row_nbytes, self._gather_codec.layout.row_nbytes)
         return self._gather_codec.decode(packet_TB, sender=0)
+
+
+class VirtualExchange:
+    """`TwoStageExchange` with all ranks in this process: all partials encoded, one sum, decoded by each."""
+
+    def __init__(self, reduce_row_nbytes: int, gather_row_nbytes: int, traffic: TrafficCounter) -> None:
+        self._row_nbytes = reduce_row_nbytes, gather_row_nbytes
+        self._traffic = traffic
+
+    def run_all(self, tokens: int, device: torch.device, steps: Sequence[Steps]) -> None:
+        """Does the steps of all ranks for all tokens; the first rank plays every owner."""
+        rows = slice(0, tokens)
+        reduce_nbytes, gather_nbytes = self._row_nbytes
+        packets_RTB = torch.empty(len(steps), tokens, reduce_nbytes, dtype=torch.uint8, device=device)
+        for rank, packet_TB in zip(steps, packets_RTB, strict=True):
+            rank.encode(rows, packet_TB)
+        sum_TB = torch.empty(tokens, gather_nbytes, dtype=torch.uint8, device=device)
+        steps[0].reduce(rows, list(packets_RTB), sum_TB)
+        for rank in steps:
+            rank.decode(rows, sum_TB)
+        count_two_stages(self._traffic, len(steps), tokens, reduce_nbytes, gather_nbytes)
+
+
+def count_two_stages(
+    traffic: TrafficCounter, ranks: int, tokens: int, reduce_row_nbytes: int, gather_row_nbytes: int
+) -> None:
+    """What all ranks together would have sent."""
+    owners = min(ranks, tokens)
+    traffic.add(REDUCE, (ranks - 1) * tokens * reduce_row_nbytes, owners * (ranks - 1))
+    traffic.add(GATHER, (ranks - 1) * tokens * gather_row_nbytes, owners * (ranks - 1))

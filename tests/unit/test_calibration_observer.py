@@ -71,7 +71,15 @@ def test_ranges_of_bf16_values_are_kept_in_fp32():
 def test_observing_passes_the_sum_on_and_sees_partials_and_sum():
     observing = ObservingAllReduce(lambda partial_LTH: partial_LTH.sum(dim=0))
     partials = torch.tensor([[[1.0, -2.0], [5.0, 0.0]], [[-3.0, 1.0], [0.0, 4.0]]])
-    assert observing(partials).tolist() == [[-2.0, -1.0], [5.0, 4.0]]
+    residual = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
+    joined = observing.join(partials, residual, torch.tensor([10.0, 20.0]), torch.zeros(2, 2), None, None)
+    assert joined.tolist() == [[9.0, 20.0], [17.0, 26.0]]
+    # root mean squares over both tokens; a row of the sum beside a row of each rank's partial, in the mean
+    assert observing.partial_rms.rms.square().flatten().tolist() == pytest.approx([13.0, 2.0, 4.5, 8.5])
+    assert observing.sum_rms.rms.square().flatten().tolist() == pytest.approx([14.5, 8.5])
+    sums = (2.5**0.5 + 20.5**0.5) / 2
+    rows = ((2.5**0.5 + 12.5**0.5) / 2, (5.0**0.5 + 8.0**0.5) / 2)
+    assert observing.ratio.mean.tolist() == pytest.approx([sums / row for row in rows])
     assert observing.partial.minimum is not None and observing.partial.maximum is not None
     assert observing.partial.minimum.tolist() == [[1.0, -2.0], [-3.0, 1.0]]
     assert observing.partial.maximum.tolist() == [[5.0, 0.0], [0.0, 4.0]]
@@ -88,7 +96,7 @@ def test_calibration_holds_what_went_through_every_sync_point(tiny_models):
     sequences = [prompt_of(127, length, length) for length in (9, 1, 14)]
     progress = []
     found = calibrate(weights, sequences, text_digest("text"), lambda done, total: progress.append((done, total)))
-    assert progress == [(1, 3), (2, 3), (3, 3)]
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]  # the last is held out of the fit and run once more
     assert (found.tp, found.hidden, found.sequences, found.length) == (3, 66, 3, 14)
     assert found.fingerprint == weights.fingerprint and found.text_sha256 == text_digest("text")
     caught: dict[str, list[torch.Tensor]] = {}

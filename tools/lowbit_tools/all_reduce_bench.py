@@ -14,6 +14,7 @@ from megatron_lowbit.calibration.artifact import SyncPointStatistics
 from megatron_lowbit.calibration.observer import RangeObserver
 from megatron_lowbit.calibration.outliers import constants_from_statistics
 from megatron_lowbit.comm.all_reduce import AllReduce, build_all_reduce
+from megatron_lowbit.comm.compensation import CompensatedAllReduce
 from megatron_lowbit.comm.exchange import AUTOMATIC
 from megatron_lowbit.comm.policy import Policy
 from megatron_lowbit.comm.reference import all_reduce as reference_all_reduce
@@ -67,10 +68,13 @@ class Message:
         wire = scheme.for_dtype(torch.bfloat16)
         constants = constants_from_statistics(wire, "bench", _statistics(self.partials)).to(self._context.device)
         hidden = self.out_TH.shape[1]
-        return build_all_reduce(
+        collective = build_all_reduce(
             self._context, wire, hidden, constants, backend, policy=policy, piece_nbytes=piece_nbytes,
             workspace=workspace,
         )  # fmt: skip
+        if isinstance(collective, CompensatedAllReduce):
+            raise ValueError(f"scheme {scheme.name!r} needs a model's inputs and residual; time it with `bench-model`")
+        return collective
 
     def check(self, all_reduce: AllReduce, scheme: CommScheme) -> None:
         """AssertionError unless the result is the reference's, bit for bit."""
