@@ -23,6 +23,8 @@ TOLERANCE = 1e-4
 CPU = torch.device("cpu")
 # Within the 20 tokens up to which phi3 takes its short frequencies, and beyond; both longer than any window
 LENGTHS = (18, 45)
+# what stretching 20 tokens to 96 makes of cosines and sines
+PHI3_FACTOR = math.sqrt(1 + math.log(96 / 20) / math.log(20))
 
 
 def hf_logits(tiny_models, family: str, prompt: list[int]) -> torch.Tensor:
@@ -230,14 +232,14 @@ MISTAKES: dict[str, dict[str, Mistake]] = {
         "rotary embedding not stretched": configured(rope_scaling=None),
         "cosines not multiplied": rope(attention_factor=1.0),
         "ramp not rounded": rope(truncate=False),
-        "ramp elsewhere": rope(beta_fast=32.0),
+        "ramp elsewhere": rope(beta_slow=2.0),
     },
     "phi3": {
         **EVERYWHERE,
         **WINDOWED,
         "whole heads turned": configured(rotary_dim=None, rope_scaling=None),
         "rotary embedding not stretched": configured(rope_scaling=None),
-        "short frequencies beyond the context": rope(original_max_position=64, attention_factor=math.sqrt(1 + math.log(96 / 20) / math.log(20))),
+        "short frequencies beyond the context": rope(original_max_position=64, attention_factor=PHI3_FACTOR),
         "cosines not multiplied": rope(attention_factor=1.0),
     },
 }  # fmt: skip
