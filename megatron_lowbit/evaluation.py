@@ -163,7 +163,9 @@ def _score(
 
 def _row(weights: ModelWeights, scheme: CommScheme, tally: _Tally, base: _Tally, tokens: int) -> EvaluationRow:
     context, hidden = weights.context, weights.config.hidden_size
+    names = sorted(tally.saturation) or ["any"]
     wire = scheme.for_dtype(weights.dtype)
+    reduce_bits, gather_bits = wire.wire_bits_per_value(hidden, names, weights.config.post_norms)
     sent = sum(context.all_gather_json(tally.sent_nbytes)) if not context.virtual else tally.sent_nbytes
     counters = tally.saturation.values()
     local = [sum(c.values for c in counters), sum(c.saturated for c in counters), sum(c.non_finite for c in counters)]
@@ -175,8 +177,8 @@ def _row(weights: ModelWeights, scheme: CommScheme, tally: _Tally, base: _Tally,
     return EvaluationRow(
         scheme=scheme.name,
         stages=scheme.stages,
-        reduce_bits_per_value=wire.reduce_stage.wire_bits_per_value(hidden),
-        gather_bits_per_value=wire.gather_stage.wire_bits_per_value(hidden) if wire.gather_stage else None,
+        reduce_bits_per_value=reduce_bits,
+        gather_bits_per_value=gather_bits,
         sent_nbytes_per_token_per_rank=sent / context.size / tokens,
         perplexity=math.exp(tally.nll / tally.scored),
         perplexity_ratio=math.exp((tally.nll - base.nll) / tally.scored),

@@ -63,7 +63,7 @@ class ModelWeights:
         lets small messages of a two-stage scheme go another way (the log counts which); None: the scheme at every size.
         """
         symmetric = None
-        if backend in ("auto", "triton"):
+        if scheme.portable and backend in ("auto", "triton"):
             symmetric = reserve(self.context, scheme.for_dtype(self.dtype), self.config.hidden_size)
         model = self.context.together(
             lambda: self._build_with_scheme(scheme, calibration, backend, saturation, policy, policy_log, symmetric)
@@ -95,9 +95,10 @@ class ModelWeights:
 
         def all_reduce(name: str) -> AllReduce | CompensatedAllReduce:
             counter = None if saturation is None else saturation.setdefault(name, SaturationCounter())
-            constants = sync_point_constants(scheme, name, self.config.hidden_size, calibration, self.context.device)
+            own = scheme.at(name)
+            constants = sync_point_constants(own, name, self.config.hidden_size, calibration, self.context.device)
             return build_all_reduce(
-                self.context, scheme, self.config.hidden_size, constants, backend, name, counter, policy, policy_log,
+                self.context, own, self.config.hidden_size, constants, backend, name, counter, policy, policy_log,
                 workspace, self.dtype, symmetric=symmetric, post_norm=self.config.post_norms,
             )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,15 @@ PREDICTOR_RANK = 32
 
 
 @dataclass(frozen=True)
+class PointFormats:
+    """The formats of one sync point, where they differ from the scheme's own."""
+
+    name: str
+    reduce_stage: WireFormat
+    gather_stage: WireFormat
+
+
+@dataclass(frozen=True)
 class CommScheme:
     """A named pair of wire formats.
 
@@ -23,6 +33,7 @@ class CommScheme:
     loop: what encoders miss is made up for at the next sync point. predictor_rank: of the calibrated map that foretells
         partial sums from the block's input; 0 for none. Schemes with either need more than partial sums: the residual,
         the block's input, a state of the pass (`portable` is False).
+    points: formats of single sync points, where they are not these.
     outlier_choice: how the BF16 features are found: from calibrated ranges, or at random (seeded) as a baseline.
 
     Raises ValueError where the stages set different features apart: one index set serves both.
@@ -35,6 +46,7 @@ class CommScheme:
     seed: int = 0
     loop: bool = False
     predictor_rank: int = 0
+    points: tuple[PointFormats, ...] = ()
 
     def __post_init__(self) -> None:
         if self.predictor_rank < 0 or ((self.predictor_rank or self.loop) and self.gather_stage is None):
@@ -42,6 +54,9 @@ class CommScheme:
                 f"scheme {self.name!r}: the loop and a predictor (of rank {self.predictor_rank}) go with two stages "
                 "and a rank of at least 1"
             )
+        names = [point.name for point in self.points]
+        if len(set(names)) < len(names) or (names and self.gather_stage is None):
+            raise ValueError(f"scheme {self.name!r}: formats of sync points go with two stages, each point named once")
         divisors = {wire.outlier_divisor for wire in self._formats} - {0}
         if len(divisors) > 1 or (divisors and self.outlier_choice == "none"):
             raise ValueError(
@@ -71,6 +86,28 @@ class CommScheme:
             or (self.outlier_choice == "calibrated" and any(wire.outlier_divisor for wire in self._formats))
         )
 
+    def at(self, name: str) -> CommScheme:
+        """The scheme of the sync point `name`, the same formats everywhere."""
+        if not self.points:
+            return self
+        for point in self.points:
+            if point.name == name:
+                return replace(self, reduce_stage=point.reduce_stage, gather_stage=point.gather_stage, points=())
+        return replace(self, points=())
+
+    def wire_bits_per_value(self, hidden: int, names: Sequence[str], post_norms: bool) -> tuple[float, float | None]:
+        """Bits that really travel in each stage, in the mean over the sync points `names`; None for no second stage.
+
+        post_norms: norms stand between sums and residual: what compensates sends a row's root mean square (16 bits).
+        """
+        schemes = [self.at(name) for name in names]
+        extra = 16 / hidden if post_norms and not self.portable else 0.0
+        reduce = sum(scheme.reduce_stage.wire_bits_per_value(hidden) for scheme in schemes) / len(schemes)
+        if self.gather_stage is None:
+            return reduce, None
+        gathers = [scheme.gather_stage for scheme in schemes if scheme.gather_stage is not None]
+        return reduce, sum(wire.wire_bits_per_value(hidden) for wire in gathers) / len(gathers) + extra
+
     def outlier_count(self, hidden: int) -> int:
         """K, the features that travel as BF16 in the stages that set any apart."""
         return max(wire.outlier_count(hidden) for wire in self._formats)
@@ -95,7 +132,8 @@ class CommScheme:
 
     @property
     def _formats(self) -> list[WireFormat]:
-        return [self.reduce_stage] if self.gather_stage is None else [self.reduce_stage, self.gather_stage]
+        both = [self.reduce_stage] if self.gather_stage is None else [self.reduce_stage, self.gather_stage]
+        return both + [wire for point in self.points for wire in (point.reduce_stage, point.gather_stage)]
 
 
 def _two_stage(name: str) -> CommScheme:
