@@ -43,7 +43,7 @@ def row_blocks(reader: CheckpointReader, name: str, dtype: torch.dtype) -> Itera
     for first_row in range(0, shape[0], count):
         block = reader.read_span(name, 0, first_row, min(first_row + count, shape[0]))
         converted = block.to(dtype)
-        _check_finite(reader, name, block, converted)
+        check_finite(reader, name, block, converted)
         yield first_row, converted
 
 
@@ -68,7 +68,8 @@ def part_of_rank(source: TensorSource, block: torch.Tensor, first_row: int, rank
     return block[start : max(start, stop)]
 
 
-def _check_finite(reader: CheckpointReader, name: str, block: torch.Tensor, converted: torch.Tensor) -> None:
+def check_finite(reader: CheckpointReader, name: str, block: torch.Tensor, converted: torch.Tensor) -> None:
+    """Raises ValueError naming the tensor where a value of `converted`, made of `block`, is not finite."""
     if not all_finite(converted):
         bad = int((~torch.isfinite(converted)).sum())
         overflow = " after conversion (they were finite before)" if bool(torch.isfinite(block).all()) else ""

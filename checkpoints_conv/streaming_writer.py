@@ -17,6 +17,7 @@ from megatron_lowbit.checkpoint.manifest import FileRecord
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 HEADER_ALIGNMENT = 8
+WRITE_BACK_NBYTES = 8 << 20
 
 
 class StreamingSafetensorsWriter:
@@ -36,6 +37,8 @@ class StreamingSafetensorsWriter:
         self._digest = hashlib.sha256()
         self._nbytes = 0
         self._file = path.open("xb", buffering=0)
+        self._sent = 0
+        """Bytes that the disk was asked to take."""
         self._emit(safetensors_header(shapes, dtype))
 
     def __enter__(self) -> StreamingSafetensorsWriter:
@@ -80,6 +83,15 @@ class StreamingSafetensorsWriter:
         rest = memoryview(data)
         while len(rest):  # one call writes 2 GiB at most
             rest = rest[self._file.write(rest) :]
+        self._start_write_back()
+
+    def _start_write_back(self) -> None:
+        """Lets the disk begin now, while later pieces are hashed; otherwise most of its work is left to `sync`."""
+        written = self._file.tell()
+        if hasattr(os, "posix_fadvise") and written - self._sent >= WRITE_BACK_NBYTES:
+            # Linux starts to write such pages, and forgets only those that are on the disk
+            os.posix_fadvise(self._file.fileno(), self._sent, written - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = written
 
 
 def safetensors_header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:

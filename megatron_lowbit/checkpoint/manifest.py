@@ -64,10 +64,10 @@ class Manifest:
                 "update megatron-lowbit or convert the checkpoint again"
             )
         tp, dtype, source, files = (data.get(key) for key in ("tp", "dtype", "source", "files"))
-        valid = type(tp) is int and 1 <= tp <= MAX_TP and dtype in DTYPES and isinstance(source, str) and isinstance(files, dict)
-        if not valid:
+        known = isinstance(dtype, str) and dtype in DTYPES and type(tp) is int and 1 <= tp <= MAX_TP
+        if not known or not isinstance(source, str) or not isinstance(files, dict):
             raise ValueError(f"{path}: tp, dtype, source or files is missing or invalid; convert the checkpoint again")
-        assert isinstance(tp, int) and isinstance(dtype, str) and isinstance(source, str) and isinstance(files, dict)
+        assert isinstance(tp, int) and isinstance(dtype, str)
         return cls(tp, dtype, source, {name: _record(path, name, entry) for name, entry in files.items()})
 
     def check_sizes(self, directory: Path) -> None:

@@ -49,6 +49,12 @@ class StoredView:
                     f"{directory}: tensor {name} has shape {found}, expected {shape} from its config.json; use the "
                     "config that belongs to these weights"
                 )
+        both = sorted(name for name in files if name in parts and name not in stored)
+        if both:
+            raise ValueError(
+                f"{directory}: {len(both)} tensors have no place beside those that hold the same ({shown(both)}; "
+                f"expected in {parts[both[0]].name}); download the weights again"
+            )
         self._names = {*parts, *(name for name in files if name not in stored)}
         self._slice: tuple[tuple[str, int | None], torch.Tensor] | None = None
 

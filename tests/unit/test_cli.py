@@ -18,7 +18,10 @@ COMMAND = re.compile(r"(?:^|\s)(?:megatron-lowbit|-m lowbit_tools) ")
 MODEL_FLAGS = "MODEL --dtype --tp --virtual-tp --device --backend --json"
 # Adding a flag means adding it here; taking one away breaks somebody's script.
 FLAGS = {
-    "convert": "SRC OUT --tp --dtype --overwrite --json",
+    "convert": "SRC OUT --tp --dtype --overwrite --dry-run --json",
+    "reshard": "SRC OUT --tp --overwrite --json",
+    "export": "CKPT OUT_DIR --max-shard-size --dtype --json",
+    "verify": "CKPT --against --logits --json",
     "calibrate": f"OUT.safetensors --text --sequences --length {MODEL_FLAGS}",
     "generate": "--prompt --scheme --calibration --max-new-tokens --temperature --top-k --top-p --seed --stop --chat "
     f"--policy --stats {MODEL_FLAGS}",
@@ -40,7 +43,8 @@ DEFAULTS = {
         schemes="bf16,int4-outlier", prompt_tokens="512,2048", new_tokens=16, rounds=5, policy="auto"
     ),
     "tune OUT": dict(scheme="int4-outlier", hidden=4096, seconds=40.0),
-    "convert S O --tp 2": dict(dtype="bf16", overwrite=False),
+    "convert S O --tp 2": dict(dtype="bf16", overwrite=False, dry_run=False),
+    "export C O": dict(dtype="auto", max_shard_size="5GB"),
 }
 
 
@@ -98,6 +102,14 @@ WRONG = {
     "calibrate nowhere out.safetensors --virtual-tp 2": "nowhere",
     "calibrate M out.safetensors --text nowhere.txt": "nowhere.txt",
     "convert nowhere out --tp 2": "nowhere",
+    "convert nowhere --tp 2": "give OUT",
+    "convert nowhere out --tp 2 --dry-run": "no OUT",
+    "convert nowhere --tp 2 --dry-run": "nowhere",
+    "convert nowhere --tp 2 --dry-run --dtype auto": "sees no weights",
+    "reshard nowhere out --tp 2": "nowhere",
+    "export nowhere out": "nowhere",
+    "export nowhere out --max-shard-size 5": "--max-shard-size is '5'",
+    "verify nowhere": "nowhere",
     "convert M out --tp 0": "tp",
     "convert M out": "--tp",
     "bench all-reduce --tokens 1,x": "--tokens",

@@ -11,10 +11,23 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lowbit_tools import local_ranks
-from lowbit_tools.commands import bench, bench_model, calibrate, convert, demo, evaluate, generate, plan, tune
+from lowbit_tools.commands import (
+    bench,
+    bench_model,
+    calibrate,
+    convert,
+    demo,
+    evaluate,
+    export,
+    generate,
+    plan,
+    reshard,
+    tune,
+    verify,
+)
 from megatron_lowbit.parallel import CommunicationError, RankError
 
-COMMANDS = (convert, calibrate, generate, evaluate, bench, bench_model, tune, plan, demo)
+COMMANDS = (convert, reshard, export, verify, calibrate, generate, evaluate, bench, bench_model, tune, plan, demo)
 USER_ERROR = 2
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.checkpoint.huggingface import read_json_object
+from megatron_lowbit.checkpoint.huggingface import config_of
+from megatron_lowbit.checkpoint.json_file import read_json_object
 from megatron_lowbit.config import ModelConfig
-from megatron_lowbit.models.registry import config_from_hf
 
 CONFIG_FILE = "config.json"
 
@@ -29,4 +29,4 @@ def read_config(path: Path) -> ModelConfig:
     """Shapes of a model this program can run; ValueError naming the file for anything else."""
     path = config_path(path)
     data = read_json_object(path)
-    return ModelConfig.from_json(path.read_text(), str(path)) if is_converted(data) else config_from_hf(data, str(path))
+    return ModelConfig.from_json(path.read_text(), str(path)) if is_converted(data) else config_of(data, path)

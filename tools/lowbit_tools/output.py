@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from megatron_lowbit.files import replacing
@@ -35,6 +45,19 @@ def console(context: ParallelContext | None = None) -> Console:
 @contextmanager
 def progress_bar(what: str, context: ParallelContext | None = None) -> Iterator[ProgressCallback]:
     """A bar with count, time spent and time left on stderr; a line every tenth where stderr is no terminal."""
+    with _bar(what, context, MofNCompleteColumn()) as report:
+        yield report
+
+
+@contextmanager
+def byte_progress_bar(what: str) -> Iterator[ProgressCallback]:
+    """The same for bytes, with bytes a second."""
+    with _bar(what, None, DownloadColumn(), TransferSpeedColumn()) as report:
+        yield report
+
+
+@contextmanager
+def _bar(what: str, context: ParallelContext | None, *counts: ProgressColumn) -> Iterator[ProgressCallback]:
     if context is not None and not context.is_first:
         yield lambda done, total: None
         return
@@ -42,7 +65,7 @@ def progress_bar(what: str, context: ParallelContext | None = None) -> Iterator[
         yield _lines(what)
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:

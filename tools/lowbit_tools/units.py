@@ -8,6 +8,7 @@ from collections.abc import Mapping
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
 _BYTES = {"MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12}
 _BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
+_SIZES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
 _FLOPS = {"G": 1e9, "T": 1e12, "P": 1e15}
 
@@ -21,6 +22,11 @@ def bits_per_s(text: str, flag: str) -> float:
 def nbytes_per_s(text: str, flag: str) -> float:
     """Bytes a second of `2TB/s`; ValueError for anything else, and for 0."""
     return _positive(_read(text, _BYTES, flag, "a bandwidth such as 900GB/s or 2TB/s"), text, flag)
+
+
+def nbytes(text: str, flag: str) -> int:
+    """Bytes of `5GB` or `512MiB`; ValueError for anything else, and for less than 1."""
+    return int(_positive(_read(text, _SIZES, flag, "a size such as 5GB or 512MiB"), text, flag))
 
 
 def flops(text: str, flag: str) -> float:
