@@ -1,17 +1,23 @@
-"""MXFP4 weights: bit for bit what transformers makes of the published packing, whole or in spans."""
+"""MXFP4 weights: bit for bit what transformers makes of the published packing, whole, in spans, and in a model."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from helpers.model_cases import logits_of, prompt_of
+from helpers.tiny_moe import random_moe
+from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from checkpoints_conv.convert import convert
 from megatron_lowbit.checkpoint.mxfp4 import dequantise, with_mxfp4_dequantised
 from megatron_lowbit.checkpoint.safetensors_file import SafetensorsFile
+from megatron_lowbit.parallel import ParallelContext
+from megatron_lowbit.weights import load_weights
 
 NAME = "model.layers.0.mlp.experts.gate_up_proj"
 
@@ -98,3 +104,65 @@ def test_damaged_pairs_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         with_mxfp4_dequantised(saved(tmp_path, tensors))
     assert "w.safetensors" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(folder as gpt-oss is published: experts in MXFP4, the rest not; the model in transformers, dequantised)."""
+    folder = tmp_path_factory.mktemp("mxfp4") / "model"
+    model = random_moe(
+        "gpt_oss",
+        dict(
+            hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=32,
+            vocab_size=79, num_hidden_layers=2, num_local_experts=5, num_experts_per_tok=2, sliding_window=8,
+            max_position_embeddings=64, rope_parameters=dict(
+                rope_type="yarn", factor=4.0, truncate=False, original_max_position_embeddings=16, rope_theta=500.0,
+            ),
+        ),
+    )  # fmt: skip
+    packed_tensors = {}
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 3:
+            experts, columns, rows = weight.shape
+            shape = (experts, rows, columns // 32)
+            blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+            scales = torch.randint(121, 125, shape, dtype=torch.uint8, generator=generator)
+            weight.data = convert_moe_packed_tensors(blocks, scales).float()
+            packed_tensors |= {name + "_blocks": blocks, name + "_scales": scales}
+    model.save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in stored.items() if name + "_blocks" not in packed_tensors}
+    assert len(kept) == len(stored) - 4
+    save_file(kept | packed_tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = dict(quant_method="mxfp4", modules_to_not_convert=["lm_head"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, model
+
+
+def test_a_published_checkpoint_runs(published):
+    folder, model = published
+    prompt = prompt_of(79, 40)
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0]
+    weights = load_weights(folder, ParallelContext.virtual_ranks(3), torch.float32)
+    # FP32 rounding as in test_moe_models
+    torch.testing.assert_close(logits_of(weights, prompt), expected, rtol=0, atol=1e-4)
+
+
+def test_a_published_checkpoint_converts(published, tmp_path):
+    """In bf16, which holds every MXFP4 value: 2 rank files give the weights that the folder gives."""
+    folder, _ = published
+    convert(folder, tmp_path / "tp2", 2, torch.bfloat16)
+    direct, converted = (
+        load_weights(path, ParallelContext.virtual_ranks(3), torch.bfloat16) for path in (folder, tmp_path / "tp2")
+    )
+    for name, tensor in direct.tensors.items():
+        expected = tensor.bfloat16().to(tensor.dtype)  # norms and biases are stored in bf16 too
+        assert torch.equal(converted.tensors[name], expected), name
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    stored = load_file(folder / "model.safetensors")
+    whole = convert_moe_packed_tensors(stored[name + "_blocks"], stored[name + "_scales"])
+    gates = direct.tensors["layers.1.mlp.gate_up_proj"].view(5, 2, 32, 64)[:, 0]
+    assert torch.equal(gates, whole[:, :, 0::2].transpose(1, 2))
