@@ -15,7 +15,5 @@ def reshard(
     if source.is_dir() and not (source / MANIFEST_FILE).is_file():
         raise ValueError(f"{source}: not a converted checkpoint; reshard takes one of ours, convert takes others")
     if source.is_file():
-        raise ValueError(
-            f"{source}: a file, expected the folder of a converted checkpoint; convert takes other sources"
-        )
+        raise ValueError(f"{source}: a file, expected the folder of a converted checkpoint; convert takes others")
     return convert(source, out, tp, None, progress, overwrite)

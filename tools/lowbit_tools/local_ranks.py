@@ -14,6 +14,9 @@ import torch
 
 from megatron_lowbit.parallel import ParallelContext
 
+# their --tp is a property of what they write; they are one process
+WRITE_FOR_RANKS = ("convert", "reshard")
+
 INTERRUPTED = 130
 
 
@@ -40,12 +43,12 @@ def wanted(args: argparse.Namespace) -> int:
         if count is not None and count < 1:
             raise ValueError(f"{flag} is {count}; it must be at least 1")
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if under_torchrun() and args.command != "convert":
+    if under_torchrun() and args.command not in WRITE_FOR_RANKS:
         if virtual is not None and world > 1:
             raise ValueError(f"--virtual-tp {virtual} runs in one process, torchrun started {world}; start it alone")
         if tp is not None and tp != world:
             raise ValueError(f"--tp {tp} differs from the {world} ranks torchrun started; leave --tp out")
-    return 1 if args.command == "convert" else tp or 1
+    return 1 if args.command in WRITE_FOR_RANKS else tp or 1
 
 
 def under_torchrun() -> bool:

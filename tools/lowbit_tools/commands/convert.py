@@ -62,8 +62,11 @@ def run(args: argparse.Namespace) -> None:
 def report(summary: ConversionSummary, source: Path, json_path: Path | None) -> None:
     """The table of a conversion, and its rows as JSON."""
     rows = [asdict(rank) for rank in summary.ranks]
-    caption = "\n".join((f"from {source}, {summary.dtype}, verified sums in manifest.json", *summary.notes))
-    output.console().print(output.table(str(summary.out), rows, COLUMNS, caption))
+    caption = f"from {source}, {summary.dtype}, verified sums in manifest.json"
+    console = output.console()
+    console.print(output.table(str(summary.out), rows, COLUMNS, caption))
+    for note in summary.notes:
+        console.print(note, soft_wrap=True)
     context = ParallelContext.single()
     facts = output.conditions(
         context, source=str(source), out=str(summary.out), dtype=summary.dtype, ranks=len(rows), notes=summary.notes
@@ -77,8 +80,9 @@ def _plan(args: argparse.Namespace) -> None:
     plan = dry_run(_config(args.source), args.tp, dtype)
     rows: list[dict[str, Any]] = [asdict(rank) for rank in plan.ranks]
     total = sum(rank.nbytes for rank in plan.ranks)
-    caption = f"{plan.parameters:,} parameters, {args.dtype}; {total / 1e9:.2f} GB in all; nothing was written"
-    output.console().print(output.table(f"{args.source}, TP={args.tp}", rows, COLUMNS, caption))
+    console = output.console()
+    console.print(output.table(f"{args.source}, TP={args.tp}", rows, COLUMNS, "nothing was written"))
+    console.print(f"{plan.parameters:,} parameters, {args.dtype}; {total / 1e9:.2f} GB in all", soft_wrap=True)
     context = ParallelContext.single()
     facts = output.conditions(
         context, source=str(args.source), dtype=args.dtype, ranks=args.tp, parameters=plan.parameters, nbytes=total

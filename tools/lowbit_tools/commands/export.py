@@ -38,8 +38,10 @@ def run(args: argparse.Namespace) -> None:
         "tensors": lambda row: str(row["tensors"]),
         "MB": lambda row: f"{row['nbytes'] / 1e6:.1f}",
     }
-    caption = "\n".join((f"from {args.source}, {summary.dtype}; with {', '.join(summary.other_files)}", *summary.notes))
-    output.console().print(output.table(str(args.out), rows, columns, caption))
+    console = output.console()
+    console.print(output.table(str(args.out), rows, columns, f"from {args.source}, {summary.dtype}"))
+    for note in (f"with {', '.join(summary.other_files)}", *summary.notes):
+        console.print(note, soft_wrap=True)
     context = ParallelContext.single()
     facts = output.conditions(context, source=str(args.source), out=str(args.out), dtype=summary.dtype)
     output.write_json(args.json, context, facts, rows)

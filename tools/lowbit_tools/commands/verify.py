@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         lines.append(
             f"FP32 logits up to {found.largest_logit:.1f}, at most {found.logit_difference:.1e} from transformers'"
         )
-    output.console().print("\n".join((f"{args.source}: sound", *lines)))
+    output.console().print("\n".join((f"{args.source}: sound", *lines)), soft_wrap=True)
     context = ParallelContext.single()
     facts = output.conditions(context, source=str(args.source), against=args.against and str(args.against))
     output.write_json(args.json, context, facts, [asdict(found)])
