@@ -1,73 +1,100 @@
-"""Our model beside transformers on the same weights: logits, greedy text, and tokens a second, in one run.
+"""Our model beside transformers on the same weights: logits, greedy text, perplexity, and tokens a second, in one run.
 
-    python benchmarks/transformers_parity.py CHECKPOINT --text FILE [--json FILE]
+    python benchmarks/transformers_parity.py CHECKPOINT --text FILE [--windows 8] [--json FILE]
     torchrun --standalone --nproc-per-node 2 benchmarks/transformers_parity.py CHECKPOINT --text FILE
 
-CHECKPOINT: anything `megatron-lowbit generate` takes, of the Llama family. Logits and greedy text are compared in FP32
-with the scheme `exact`; speed is timed at one rank only, in bf16 and FP32, the two implementations taking turns.
+CHECKPOINT: anything `megatron-lowbit generate` takes, of any family. transformers loads what `megatron-lowbit export`
+makes of it. Logits, greedy text and perplexity are compared in FP32 with the scheme `exact`; speed is timed at one rank
+only, in bf16 and FP32, the two implementations taking turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+from checkpoints_conv.export import export
 from lowbit_tools import output
 from megatron_lowbit import ParallelContext, SamplingParams, Tokenizer, load_weights, parse_scheme
 from megatron_lowbit.checkpoint.open import open_checkpoint
-from megatron_lowbit.checkpoint.reader import CheckpointReader
 from megatron_lowbit.generate import TokenGeneration
 from megatron_lowbit.layers.kv_cache import TokenBatch
+from megatron_lowbit.models.decoder import Decoder
+from megatron_lowbit.vocab_parallel import log_normaliser, sum_over_ranks
+from megatron_lowbit.windows import text_windows
 
-TOKENS, NEW_TOKENS, SPEED_ROUNDS, SPEED_NEW_TOKENS = 1000, 200, 7, 33
+TOKENS, SPEED_ROUNDS, SPEED_NEW_TOKENS = 1000, 7, 33
+WINDOW_TOKENS = 512
+PURPOSE = "evaluation"
 
 
-def transformers_model(reader: CheckpointReader, dtype: torch.dtype) -> LlamaForCausalLM:
-    """transformers' Llama with the checkpoint's very tensors."""
-    ours = reader.config
-    assert ours.rope_scaling is None, "checkpoints with scaled rotary embeddings are not set up here"
-    config = LlamaConfig(
-        hidden_size=ours.hidden_size, intermediate_size=ours.intermediate_size, num_hidden_layers=ours.num_layers,
-        num_attention_heads=ours.num_heads, num_key_value_heads=ours.num_kv_heads, head_dim=ours.head_dim,
-        vocab_size=ours.vocab_size, max_position_embeddings=ours.max_position, rms_norm_eps=ours.rms_norm_eps,
-        tie_word_embeddings=ours.tie_embeddings, attention_bias=ours.attention_bias, mlp_bias=ours.mlp_bias,
-        rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
-        pad_token_id=0, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(dtype)
-    state = {name: reader.read(name).to(dtype) for name in reader.names()}
-    if ours.tie_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
+def transformers_model(path: Path, dtype: torch.dtype) -> Any:
+    """transformers' model of the checkpoint's very tensors."""
+    config = open_checkpoint(path).config
+    # the other implementations leave out soft caps and sinks
+    eager = config.attention_softcap is not None or config.attention_sinks
+    with tempfile.TemporaryDirectory() as folder:
+        export(path, Path(folder) / "exported", dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            Path(folder) / "exported", dtype=dtype, attn_implementation="eager" if eager else "sdpa"
+        )
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
     return model.eval()
 
 
 @torch.inference_mode()
-def parity(context: ParallelContext, path: Path, ids: list[int]) -> dict[str, object]:
-    """Largest difference of FP32 logits over TOKENS tokens, and how many greedy tokens agree."""
+def parity(
+    context: ParallelContext, path: Path, ids: list[int], windows: list[list[int]], greedy: int
+) -> dict[str, object]:
+    """Largest difference of FP32 logits over TOKENS tokens, how many greedy tokens agree, and both perplexities."""
     weights = load_weights(path, context, torch.float32)
     model = weights.build_with_scheme(parse_scheme("exact"))
     hidden_TH = model(TokenBatch.prompts([ids[:TOKENS]], context.device))
     head = model.head
     mine_TV = head.precise_logits(hidden_TH)
-    theirs = transformers_model(open_checkpoint(path), torch.float32)
+    theirs = transformers_model(path, torch.float32)
     expected_TV = theirs(torch.tensor([ids[:TOKENS]])).logits[0]
     shard = expected_TV[:, head.start : head.start + mine_TV.shape[1]]
     worst = max(context.all_gather_json(float((mine_TV - shard).abs().max())))
-    generation = TokenGeneration(model, [ids[:64]], SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True))
-    tokens = [generation.step()[0] for _ in range(NEW_TOKENS)]
-    wanted = theirs.generate(torch.tensor([ids[:64]]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, 64:].tolist()
-    equal = next((i for i, (a, b) in enumerate(zip(tokens, wanted, strict=True)) if a != b), NEW_TOKENS)
+    generation = TokenGeneration(model, [ids[:64]], SamplingParams(max_new_tokens=max(1, greedy), ignore_eos=True))
+    tokens = [generation.step()[0] for _ in range(greedy)]
+    wanted = theirs.generate(torch.tensor([ids[:64]]), max_new_tokens=max(1, greedy), do_sample=False)[0, 64:].tolist()
+    equal = next((i for i, (a, b) in enumerate(zip(tokens, wanted[:greedy], strict=True)) if a != b), greedy)
+    scored = sum(len(window) - 1 for window in windows)
+    nll = sum(our_nll(context, model, window) for window in windows)
+    their_nll = sum(
+        float(torch.nn.functional.cross_entropy(theirs(torch.tensor([w])).logits[0, :-1], torch.tensor(w[1:])))
+        * (len(w) - 1)
+        for w in windows
+    )
     return {
         "tp": context.size, "virtual_ranks": context.virtual, "tokens": TOKENS, "largest_logit_difference": worst,
-        "greedy_tokens": NEW_TOKENS, "equal_greedy_tokens": equal,
+        "largest_logit": float(expected_TV.abs().max()), "greedy_tokens": greedy, "equal_greedy_tokens": equal,
+        "windows": len(windows), "perplexity": math.exp(nll / max(1, scored)),
+        "transformers_perplexity": math.exp(their_nll / max(1, scored)),
+        "perplexity_ratio": math.exp((nll - their_nll) / max(1, scored)),
     }  # fmt: skip
+
+
+def our_nll(context: ParallelContext, model: Decoder, window: list[int]) -> float:
+    """Sum of -log p over the tokens of a window but the first; every rank holds a part of the vocabulary."""
+    logits_TV = model.head.precise_logits(model(TokenBatch.prompts([window], context.device)))[:-1]
+    targets_T = torch.tensor(window[1:])
+    local_T = targets_T - model.head.start
+    mine_T = (local_T >= 0) & (local_T < logits_TV.shape[1])
+    chosen_T = logits_TV.gather(1, local_T.clamp(0, logits_TV.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    chosen_T = sum_over_ranks(context, torch.where(mine_T, chosen_T, torch.zeros(())), PURPOSE)
+    return float((log_normaliser(context, logits_TV, PURPOSE) - chosen_T).double().sum())
 
 
 @torch.inference_mode()
@@ -75,7 +102,7 @@ def speed(context: ParallelContext, path: Path, ids: list[int], dtype: torch.dty
     """Median tokens a second of prefill (512 tokens) and decode, turn by turn; ratios above 1 are faster."""
     weights = load_weights(path, context, dtype)
     model = weights.build_with_scheme(parse_scheme("exact"))
-    theirs = transformers_model(open_checkpoint(path), dtype)
+    theirs = transformers_model(path, dtype)
     prompt = ids[:512]
 
     def ours(new: int) -> float:
@@ -118,6 +145,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--windows", type=int, default=8, metavar="N", help="for perplexity; 512 tokens each")
+    parser.add_argument("--greedy", type=int, default=200, metavar="N", help="tokens to generate behind 64")
     parser.add_argument("--virtual-tp", type=int, default=1, metavar="N")
     parser.add_argument("--speed", action="store_true", help="time both at one rank")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -127,8 +156,10 @@ def main() -> None:
         if args.virtual_tp > 1
         else ParallelContext.from_environment("cpu")
     )
-    ids = Tokenizer.from_directory(args.model).encode(args.text.read_text()[:20_000])
-    rows = [parity(context, args.model, ids)]
+    tokenizer, text = Tokenizer.from_directory(args.model), args.text.read_text()
+    ids = tokenizer.encode(text[:20_000])
+    windows = text_windows(tokenizer, text, args.windows, WINDOW_TOKENS, 1, args.text.name) if args.windows else []
+    rows = [parity(context, args.model, ids, windows, args.greedy)]
     if args.speed and context.size == 1:
         rows += [speed(context, args.model, ids, dtype) for dtype in (torch.bfloat16, torch.float32)]
     for row in rows:

@@ -28,11 +28,10 @@ END_TOKEN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 def read_config(
     path: Path, header: GGUFHeader, family: GGUFFamily, rope_tensors: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, Any], ModelConfig]:
-    """The Hugging Face settings of the file's network, and the ModelConfig they make.
+) -> ModelConfig:
+    """Raises ValueError where metadata is missing or asks for what is not supported; `path` names the file in it.
 
-    rope_tensors: those of `gguf_rope.ROPE_TENSORS` that are there. Raises ValueError where metadata is missing or asks
-    for what is not supported; `path` names the file in it.
+    rope_tensors: those of `gguf_rope.ROPE_TENSORS` that are there.
     """
     settings = GGUFSettings(path, header, family.architecture)
     hf: dict[str, Any] = {"model_type": family.model_type}
@@ -71,4 +70,4 @@ def read_config(
         raise ValueError(f"{path}: a sliding window, which models of {family.architecture} do not have")
     if settings.integer("expert_count", 0, least=0) and "num_experts_per_tok" not in hf:
         raise ValueError(f"{path}: a mixture of experts, which is not supported for {family.architecture}")
-    return hf, config_from_hf(hf, str(path))
+    return config_from_hf(hf, str(path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +28,7 @@ EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(.+)")
 class GGUFCheckpoint:
     """Reads one GGUF file; `directory` is the folder it lies in. Meant for conversion, not for serving.
 
-    `huggingface_config`: the settings of its network by the keys of a Hugging Face config.json. Raises
-    FileNotFoundError, or ValueError for a damaged file, an unsupported architecture or tensor type.
+    Raises FileNotFoundError, or ValueError for a damaged file, an unsupported architecture or tensor type.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,9 +38,7 @@ class GGUFCheckpoint:
         _check_types(path, header)
         family = _family_of(path, header)
         rope = {name: header.tensors[name] for name in ROPE_TENSORS if name in header.tensors}
-        self.huggingface_config: dict[str, Any]
-        self.config: ModelConfig
-        self.huggingface_config, self.config = read_config(
+        self.config: ModelConfig = read_config(
             path, header, family, {name: read_rows(path, tensor, 0, tensor.shape[0]) for name, tensor in rope.items()}
         )
         heads = {module: int(getattr(self.config, field)) for module, field in family.interleaved_heads.items()}

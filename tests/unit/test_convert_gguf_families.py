@@ -232,10 +232,10 @@ def test_the_27b_models_scale_scores_their_own_way(tmp_path: Path) -> None:
     for name, layers in (("gemma2", 46), ("gemma3", 62)):
         case = CASES[name]
         few = GGUFCheckpoint(write_gguf(tmp_path / f"{name}.gguf", case, random_model(case)))
-        assert few.huggingface_config["query_pre_attn_scalar"] == 16
+        assert few.config.attention_scale == 16**-0.5
         many = Case(case.model_type, case.architecture, {**case.hf, "num_hidden_layers": layers}, case.metadata, 1.0)
         reader = GGUFCheckpoint(write_gguf(tmp_path / f"{name}-27b.gguf", many, random_model(many)))
-        assert reader.huggingface_config["query_pre_attn_scalar"] == 48 // 4
+        assert reader.config.attention_scale == (48 // 4) ** -0.5
 
 
 @pytest.mark.parametrize(
