@@ -98,7 +98,7 @@ def canonical_name(family: GGUFFamily, stored: str) -> str:
         index, module, part = layer.groups()
         for canonical, name in family.layer_modules.items():
             if name == module:
-                return f"model.layers.{index}.{canonical}.{part}"
+                return f"model.layers.{index}.{canonical}" + ("" if canonical in family.bare else f".{part}")
     for canonical, name in family.modules.items():
         if stored.rpartition(".")[0] == name:
             return f"{canonical}.{stored.rpartition('.')[2]}"

@@ -40,6 +40,7 @@ class GGUFFamily:
     interleaved_heads: modules whose rows GGUF reorders within each head for interleaved rotary embeddings -> the
         ModelConfig field that counts those heads.
     bias_flags: config key -> the tensor of layer 0 whose presence sets it.
+    bare: canonical modules that are one tensor, which has no ".weight" behind its name.
     norm_offset: what the file adds to the weights of norms.
     partial_rotary: whether a head may be rotated in part.
     settings: the Hugging Face keys that only this family has, from the metadata and the keys that are known already;
@@ -52,6 +53,7 @@ class GGUFFamily:
     modules: Mapping[str, str] = field(default_factory=lambda: MODULES)
     interleaved_heads: Mapping[str, str] = field(default_factory=dict)
     bias_flags: Mapping[str, str] = field(default_factory=dict)
+    bare: tuple[str, ...] = ()
     norm_offset: float = 0.0
     partial_rotary: bool = False
     settings: Callable[[GGUFSettings, Mapping[str, Any]], dict[str, Any]] = nothing

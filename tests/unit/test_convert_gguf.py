@@ -252,7 +252,7 @@ def test_what_the_model_cannot_do_is_refused(tensors: dict[str, np.ndarray], tmp
 
 def test_other_architecture_and_other_tensors(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"architecture 'gptneox' is not supported; supported: \['gemma', 'gemma2', 'gemma3', 'llama'"
+        ValueError, match=r"architecture 'gptneox' is not supported; supported: \['gemma', 'gemma2', 'gemma3', 'gpt-oss', 'llama'"
     ):
         GGUFCheckpoint(write_gguf(tmp_path / "g.gguf", tensors, architecture="gptneox"))
     extra = write_gguf(tmp_path / "e.gguf", tensors | {"mystery.weight": np.zeros(4, np.float32)})
