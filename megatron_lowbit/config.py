@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -38,14 +39,20 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
             raise ValueError(f"rope scaling: kind is {self.kind!r}; known: {', '.join(ROPE_KINDS)}")
-        if self.factor <= 0:
-            raise ValueError(f"rope scaling: factor is {self.factor}, it must be above 0")
+        for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"rope scaling: {name} is {value}, it must be above 0")
+        if not all(0 < value < math.inf for value in (*self.long_factors, *self.short_factors)):
+            raise ValueError(
+                "rope scaling: a factor of a frequency is not above 0; correct long_factor or short_factor"
+            )
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"rope scaling: high_freq_factor {self.high_freq_factor} must be above low_freq_factor "
                 f"{self.low_freq_factor}; correct the checkpoint's config.json"
             )
-        if self.kind != "linear" and self.original_max_position < 1:
+        if self.kind != "linear" and self.original_max_position < 2:
             raise ValueError(f"rope scaling: {self.kind} needs the context length of the original training")
 
 
@@ -140,6 +147,23 @@ class ModelConfig:
                 f"model config: {rotated} of {self.head_dim} features of a head are rotated; rotary embeddings need an "
                 "even number of them"
             )
+        if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
+            for name in ("long_factors", "short_factors"):
+                found = len(getattr(self.rope_scaling, name))
+                if found != rotated // 2:
+                    raise ValueError(
+                        f"model config: {found} {name} of the rotary embedding, there must be {rotated // 2}: one for "
+                        "each pair of features"
+                    )
+        for name in (
+            "rms_norm_eps", "rope_theta", "rope_local_theta", "attention_scale", "attention_softcap", "logits_softcap",
+            "embedding_scale",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"model config: {name} is {value}, it must be above 0")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and self.rope_theta == 1:
+            raise ValueError("model config: rope_theta is 1, and yarn cannot stretch frequencies that are all the same")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"model config: activation {self.activation!r}; supported: {', '.join(ACTIVATIONS)}")
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:

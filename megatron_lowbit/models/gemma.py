@@ -12,11 +12,13 @@ from megatron_lowbit.models.hf_config import (
     activation,
     integer,
     model_config,
+    number,
+    number_or_none,
     refuse_unsupported,
     sliding_windows,
     with_defaults,
 )
-from megatron_lowbit.models.hf_rope import Rope, read_rope, rope_of
+from megatron_lowbit.models.hf_rope import Rope, read_rope, rope_keys, rope_of
 from megatron_lowbit.models.table import decoder_tensors, stored_under_own_names
 
 MODEL_TYPES: tuple[str, ...] = ("gemma", "gemma2", "gemma3", "gemma3_text")
@@ -71,6 +73,13 @@ def _common(hf: dict[str, Any], where: str) -> dict[str, Any]:
     )
 
 
+def _attention_scale(hf: dict[str, Any], where: str) -> float:
+    width = number(hf, "query_pre_attn_scalar", where, 256.0)
+    if width <= 0:
+        raise ValueError(f"{where}: query_pre_attn_scalar is {width}, it must be above 0")
+    return float(width**-0.5)
+
+
 def _gemma1(hf: dict[str, Any], where: str) -> ModelConfig:
     # the first files say "gelu" and mean its approximation; transformers reads hidden_act alone
     name = hf.get("hidden_act") or "gelu_pytorch_tanh"
@@ -84,11 +93,11 @@ def _gemma2(hf: dict[str, Any], where: str) -> ModelConfig:
         hf,
         where,
         "gemma2",
-        activation=activation(hf, where, "hidden_activation"),
+        activation=activation(hf, where, "hidden_activation", "gelu_pytorch_tanh"),
         post_norms=True,
-        attention_scale=float(hf["query_pre_attn_scalar"]) ** -0.5,
-        attention_softcap=hf["attn_logit_softcapping"],
-        logits_softcap=hf["final_logit_softcapping"],
+        attention_scale=_attention_scale(hf, where),
+        attention_softcap=number_or_none(hf, "attn_logit_softcapping", where),
+        logits_softcap=number_or_none(hf, "final_logit_softcapping", where),
         **sliding_windows(hf, where, hf["sliding_window"], default=even),
         **_common(hf, where),
     )
@@ -100,7 +109,9 @@ def _gemma3(hf: dict[str, Any], where: str) -> ModelConfig:
             f"{where}: attn_logit_softcapping is {hf['attn_logit_softcapping']!r}; in Gemma 3 it must be null, since "
             "implementations disagree on what it does there"
         )
-    layers, pattern = integer(hf, "num_hidden_layers", where), integer(hf, "sliding_window_pattern", where)
+    layers, pattern = integer(hf, "num_hidden_layers", where), integer(hf, "sliding_window_pattern", where, 6)
+    if pattern < 1:
+        raise ValueError(f"{where}: sliding_window_pattern is {pattern}, it must be at least 1")
     rope, local = _gemma3_ropes(hf, where)
     return model_config(
         hf,
@@ -108,11 +119,11 @@ def _gemma3(hf: dict[str, Any], where: str) -> ModelConfig:
         "gemma3",
         rope=rope,
         rope_local_theta=local.theta,
-        activation=activation(hf, where, "hidden_activation"),
+        activation=activation(hf, where, "hidden_activation", "gelu_pytorch_tanh"),
         post_norms=True,
         qk_norm=True,
-        attention_scale=float(hf["query_pre_attn_scalar"]) ** -0.5,
-        logits_softcap=hf.get("final_logit_softcapping"),
+        attention_scale=_attention_scale(hf, where),
+        logits_softcap=number_or_none(hf, "final_logit_softcapping", where),
         **sliding_windows(
             hf, where, hf["sliding_window"], default=tuple((layer + 1) % pattern != 0 for layer in range(layers))
         ),
@@ -122,12 +133,15 @@ def _gemma3(hf: dict[str, Any], where: str) -> ModelConfig:
 
 def _gemma3_ropes(hf: dict[str, Any], where: str) -> tuple[Rope, Rope]:
     """(of layers that see everything, of those with a window)."""
-    nested = hf.get("rope_parameters") or {}
+    nested = rope_keys(hf, where)
+    local_theta = number(hf, "rope_local_base_freq", where, 1e4)
     if FULL not in nested and SLIDING not in nested:
-        return read_rope(hf, where, theta=1e6), Rope(float(hf.get("rope_local_base_freq") or 1e4))
-    full, sliding = (dict(nested.get(key) or {}) for key in (FULL, SLIDING))
-    full.setdefault("rope_theta", hf.get("rope_theta") or 1e6)
-    sliding.setdefault("rope_theta", hf.get("rope_local_base_freq") or 1e4)
+        return read_rope(hf, where, theta=1e6), Rope(local_theta)
+    full, sliding = (nested.get(key) or {} for key in (FULL, SLIDING))
+    if not isinstance(full, dict) or not isinstance(sliding, dict):
+        raise ValueError(f"{where}: rope_parameters is {nested!r}, each layer type must have an object there")
+    full = {"rope_theta": hf.get("rope_theta") or 1e6, **full}
+    sliding = {"rope_theta": local_theta, **sliding}
     local = rope_of(sliding, hf, where)
     if local.scaling is not None or local.partial != 1.0:
         raise ValueError(f"{where}: the rotary embedding of {SLIDING!r} layers is scaled; supported: 'default' there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ REQUIRED = {
     "num_heads": "num_attention_heads",
     "vocab_size": "vocab_size",
 }
+#: What a file may ask for before anything is allocated.
+LARGEST = {"num_hidden_layers": 10_000}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -54,12 +57,12 @@ def model_config(hf: Mapping[str, Any], where: str, family: str, rope: Rope | No
         num_kv_heads=integer(hf, "num_key_value_heads", where, heads),
         head_dim=head_dim,
         max_position=integer(hf, "max_position_embeddings", where, 2048),
-        rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=number(hf, "rms_norm_eps", where, 1e-6),
         rope_theta=rope.theta,
         rope_scaling=rope.scaling,
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        bos_token_id=bos_token(hf),
-        eos_token_ids=eos_tokens(hf),
+        bos_token_id=next(iter(tokens(hf, "bos_token_id", where)), None),
+        eos_token_ids=tokens(hf, "eos_token_id", where),
     )
     return ModelConfig(family=family, **{**common, **own})
 
@@ -82,27 +85,39 @@ def refuse_unsupported(hf: Mapping[str, Any], where: str, known: tuple[str, ...]
 def integer(hf: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
     value = hf.get(key)
     value = default if value is None else value
-    if type(value) is not int:
-        raise ValueError(f"{where}: {key} is {value!r}, it must be a whole number")
+    largest = LARGEST.get(key, 2**31)
+    if type(value) is not int or value > largest:
+        raise ValueError(f"{where}: {key} is {value!r}, it must be a whole number of at most {largest}")
     return value
+
+
+def number(hf: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
+    value = hf.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where}: {key} is {value!r}, it must be a number")
+    return float(value)
+
+
+def number_or_none(hf: Mapping[str, Any], key: str, where: str) -> float | None:
+    return None if hf.get(key) is None else number(hf, key, where)
 
 
 def activation(hf: Mapping[str, Any], where: str, key: str = "hidden_act", default: str = "silu") -> str:
     """ModelConfig's name of the activation under `key`."""
     name = hf.get(key) or default
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{where}: {key} is {name!r}; supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
-def bos_token(hf: Mapping[str, Any]) -> int | None:
-    found = hf.get("bos_token_id")
-    return found[0] if isinstance(found, list) else found
-
-
-def eos_tokens(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    found = hf.get("eos_token_id")
-    return () if found is None else tuple(found) if isinstance(found, list) else (int(found),)
+def tokens(hf: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
+    """Of a key that holds none, one or several."""
+    found = hf.get(key)
+    listed = [] if found is None else found if isinstance(found, list) else [found]
+    if any(type(token) is not int for token in listed):
+        raise ValueError(f"{where}: {key} is {found!r}, it must be a token id or a list of them")
+    return tuple(listed)
 
 
 def sliding_windows(hf: Mapping[str, Any], where: str, window: int | None, default: tuple[bool, ...]) -> dict[str, Any]:
@@ -110,6 +125,8 @@ def sliding_windows(hf: Mapping[str, Any], where: str, window: int | None, defau
     kinds = hf.get("layer_types")
     layers = default
     if kinds is not None:
+        if not isinstance(kinds, list):
+            raise ValueError(f"{where}: layer_types is {kinds!r}, it must be a list with a name for each layer")
         unknown = sorted({str(kind) for kind in kinds} - {SLIDING, FULL})
         if unknown:
             raise ValueError(f"{where}: layer_types has {unknown[0]!r}; supported: {SLIDING!r}, {FULL!r}")
@@ -118,4 +135,4 @@ def sliding_windows(hf: Mapping[str, Any], where: str, window: int | None, defau
         return {}
     if window is None:
         raise ValueError(f"{where}: layer_types has {SLIDING!r}, but sliding_window is null; give its length in tokens")
-    return {"sliding_window": window, "sliding_layers": layers}
+    return {"sliding_window": integer({"sliding_window": window}, "sliding_window", where), "sliding_layers": layers}

@@ -27,7 +27,7 @@ def read_rope(
     hf: Mapping[str, Any], where: str, theta: float = 10000.0, aliases: Mapping[str, str] | None = None
 ) -> Rope:
     """The rotary embedding of all layers. theta: where the file has none. aliases: other names of kinds, by family."""
-    parameters = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    parameters = rope_keys(hf, where)
     nested = [key for key in parameters if key.endswith("_attention")]
     if nested:
         raise ValueError(f"{where}: rope_parameters differ by layer type ({', '.join(nested)}); not in this family")
@@ -37,21 +37,31 @@ def read_rope(
     return rope_of(parameters, hf, where, aliases)
 
 
+def rope_keys(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The newer or the older of the two keys, whichever the file has."""
+    found = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: rope_parameters or rope_scaling is {found!r}, it must be an object")
+    return dict(found)
+
+
 def rope_of(
     parameters: Mapping[str, Any], hf: Mapping[str, Any], where: str, aliases: Mapping[str, str] | None = None
 ) -> Rope:
     """From one set of rope parameters; the file's context lengths fill in what they leave out."""
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    kind = (aliases or {}).get(kind, kind)
+    kind = (aliases or {}).get(str(kind), kind)
     if kind not in KINDS:
         raise ValueError(f"{where}: rope type {kind!r} is not supported; supported: {', '.join(KINDS)}")
-    theta, partial = float(parameters["rope_theta"]), float(parameters.get("partial_rotary_factor") or 1.0)
-    if kind == "default":
-        return Rope(theta, None, partial)
     try:
-        return Rope(theta, _scaling(kind, parameters, hf), partial)
+        theta, partial = float(parameters["rope_theta"]), float(parameters.get("partial_rotary_factor") or 1.0)
+        if not 0 < partial <= 1:
+            raise ValueError(f"{where}: partial_rotary_factor is {partial}, it must be above 0 and at most 1")
+        return Rope(theta, None if kind == "default" else _scaling(kind, parameters, hf), partial)
     except KeyError as error:
         raise ValueError(f"{where}: rope type {kind!r} needs the key {error}, which is missing") from error
+    except TypeError as error:
+        raise ValueError(f"{where}: rope type {kind!r}: {error}") from error
 
 
 def _scaling(kind: str, parameters: Mapping[str, Any], hf: Mapping[str, Any]) -> RopeScaling:

@@ -17,8 +17,9 @@ stored_parts = stored_under_own_names
 def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
     """Reads a Hugging Face `config.json` of this family; `where` names the file in errors. Raises ValueError."""
     refuse_unsupported(hf, where)
-    window, maximum = hf.get("sliding_window"), integer(hf, "max_position_embeddings", where, 2048)
-    if window is not None and window < maximum:
+    maximum = integer(hf, "max_position_embeddings", where, 2048)
+    window = integer(hf, "sliding_window", where, maximum)
+    if window < maximum:
         raise ValueError(
             f"{where}: sliding_window {window} is shorter than the context of {maximum} tokens, and Llama models have "
             f"no sliding window; if this is one, set max_position_embeddings to at most {window}"

@@ -35,7 +35,7 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
     refuse_unsupported(hf, where)
     window = hf.get("sliding_window")
     layers = integer(hf, "num_hidden_layers", where)
-    config = model_config(
+    return model_config(
         hf,
         where,
         "phi3",
@@ -43,13 +43,6 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
         activation=activation(hf, where),
         **sliding_windows(hf, where, window, default=(window is not None,) * layers),
     )
-    if config.rope_scaling is not None:
-        pairs = (config.rotary_dim or config.head_dim) // 2
-        for name in ("long_factors", "short_factors"):
-            found = len(getattr(config.rope_scaling, name))
-            if found != pairs:
-                raise ValueError(f"{where}: {name[:-1]} has {found} numbers, it must have {pairs}: one for each pair")
-    return config
 
 
 def stored_parts(config: ModelConfig) -> dict[str, StoredPart]:

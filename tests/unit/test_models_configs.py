@@ -173,7 +173,7 @@ def test_phi3_reads_the_names_of_its_time():
     assert found is not None and (found.kind, found.factor, found.original_max_position) == ("longrope", 32.0, 4096)
     partial = config_from_hf(dict(hf, partial_rotary_factor=0.75, rope_scaling=None), "config.json")
     assert partial.rotary_dim == 12
-    with pytest.raises(ValueError, match="long_factor has 8 numbers, it must have 6"):
+    with pytest.raises(ValueError, match="8 long_factors of the rotary embedding, there must be 6"):
         config_from_hf(dict(hf, partial_rotary_factor=0.75), "config.json")
 
 
@@ -214,6 +214,19 @@ def test_every_family_is_registered_under_its_name():
         ("qwen2", dict(rope_scaling=dict(type="mrope")), "rope type 'mrope' is not supported"),
         ("phi3", dict(num_hidden_layers=None), "num_hidden_layers"),
         ("phi3", dict(hidden_size="64"), "hidden_size is '64', it must be a whole number"),
+        ("llama", dict(rms_norm_eps=None, rope_theta=-1.0), "rope_theta is -1.0, it must be above 0"),
+        ("llama", dict(rms_norm_eps="small"), "rms_norm_eps is 'small', it must be a number"),
+        ("llama", dict(eos_token_id="</s>"), "eos_token_id is '</s>', it must be a token id"),
+        ("llama", dict(rope_scaling=[1]), "rope_parameters or rope_scaling is .1., it must be an object"),
+        ("llama", dict(rope_scaling=dict(type="linear", factor=[2])), "rope type 'linear': "),
+        ("llama", dict(hidden_act=["silu"]), "hidden_act is"),
+        ("llama", dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, it must be a whole number of at"),
+        ("phi3", dict(partial_rotary_factor=1.5), "partial_rotary_factor is 1.5"),
+        ("qwen2", dict(layer_types="sliding_attention"), "it must be a list"),
+        ("gemma2", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar is 0.0"),
+        ("gemma2", dict(attn_logit_softcapping=0.0), "attention_softcap is 0.0, it must be above 0"),
+        ("gemma3_text", dict(sliding_window_pattern=0), "sliding_window_pattern is 0"),
+        ("gemma3_text", dict(rope_parameters=dict(full_attention=[1])), "each layer type must have an object"),
     ],
 )
 def test_what_changes_numbers_is_refused_by_name(kind, change, message):
@@ -226,3 +239,35 @@ def test_harmless_keys_are_ignored():
     for kind in ("llama", "gemma2", "qwen3", "phi3"):
         hf = dict(SIZES, model_type=kind)
         assert config_from_hf({**hf, **extra}, "a") == config_from_hf(hf, "b")
+
+
+JUNK = (None, "x", -1, 0, 1.5, True, [], [None], {}, {"rope_type": "yarn"}, math.inf, math.nan, 2**70)
+EVERY_KEY = dict(
+    SIZES, head_dim=16, max_position_embeddings=64, rms_norm_eps=1e-6, hidden_act="silu", rope_theta=1e4,
+    bos_token_id=1, eos_token_id=2, rope_scaling=None, rope_parameters=None, partial_rotary_factor=None,
+    tie_word_embeddings=True, sliding_window=64, layer_types=None, hidden_activation="silu", query_pre_attn_scalar=9,
+    attn_logit_softcapping=None, final_logit_softcapping=9.0, sliding_window_pattern=2, rope_local_base_freq=1e4,
+    max_window_layers=2, use_sliding_window=True, attention_bias=False, original_max_position_embeddings=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "gemma", "gemma2", "gemma3_text", "gemma3", "qwen2", "qwen3", "phi3"]
+)
+def test_damaged_values_are_refused_or_read(kind):
+    """Whatever stands in a file: a model, or a ValueError, which the commands print in one line."""
+    read = 0
+    for key in (*EVERY_KEY, "text_config"):
+        for junk in JUNK:
+            hf = dict(EVERY_KEY, model_type=kind)
+            if kind == "gemma3" and key != "text_config":
+                hf = dict(model_type=kind, text_config={**EVERY_KEY, key: junk})
+            else:
+                hf[key] = junk
+            try:
+                config = config_from_hf(hf, "config.json")
+            except ValueError:
+                continue
+            read += 1
+            assert isinstance(config, ModelConfig) and tensor_sources(config)
+    assert read > 20
