@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_lowbit.checkpoint.json_file import read_json_object
+from megatron_lowbit.checkpoint.model_config_file import MAX_EXPERTS, MAX_LAYERS
 from megatron_lowbit.checkpoint.mxfp4 import with_mxfp4_dequantised
 from megatron_lowbit.checkpoint.reader import check_span, shown
 from megatron_lowbit.checkpoint.stored_view import ReadableFile, StoredView
@@ -29,8 +30,6 @@ WRAPPED = {
 }
 NOT_LANGUAGE = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 TEXT_CONFIG = "text_config"
-# far beyond any model; a number beyond it would only keep the program busy
-MAX_LAYERS, MAX_EXPERTS = 10_000, 10_000
 LARGE_COUNTS = {
     "num_hidden_layers": MAX_LAYERS,
     "num_local_experts": MAX_EXPERTS,
@@ -134,6 +133,8 @@ def _read_config(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
     eos = more if isinstance(more, list) else [] if more is None else [more]
     if not all(type(token) is int for token in eos):
         raise ValueError(f"{generation}: eos_token_id is {more!r}, expected whole numbers; download the file again")
+    if not all(type(token) is int for token in config.eos_token_ids):
+        raise ValueError(f"{path}: eos_token_id is {config.eos_token_ids!r}, expected whole numbers; download it again")
     return data, replace(config, eos_token_ids=tuple(sorted({*config.eos_token_ids, *eos})))
 
 

@@ -73,6 +73,8 @@ def _opened(archive: zipfile.ZipFile, file: io.BufferedReader) -> tuple[bytes, d
     """data.pkl, and of every record behind `data/` where its bytes lie in the file: (offset, nbytes)."""
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
+        if not 0 <= info.header_offset < archive.start_dir:
+            raise ValueError(f"{info.filename} lies outside of the archive")
         name = info.filename.partition("/")[2]
         if name in members:
             raise ValueError(f"{info.filename} is in it twice")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_lowbit.checkpoint.manifest import DTYPES, Manifest, Progress, sha256_of
+from megatron_lowbit.checkpoint.model_config_file import read_model_config
 from megatron_lowbit.checkpoint.reader import check_span, shown
 from megatron_lowbit.checkpoint.safetensors_file import SafetensorsFile
 from megatron_lowbit.config import ModelConfig
@@ -59,8 +60,7 @@ class TensorParallelCheckpoint:
         self.manifest.check_sizes(directory)
         self._verified: set[str] = set()
         self.verify_file(CONFIG_FILE)
-        path = directory / CONFIG_FILE
-        self.config: ModelConfig = ModelConfig.from_json(path.read_text(), str(path))
+        self.config: ModelConfig = read_model_config(directory / CONFIG_FILE)
         self._sources = tensor_sources(self.config)
         self._rank_files = [SafetensorsFile(directory / rank_file_name(rank, self.tp)) for rank in range(self.tp)]
         for rank, file in enumerate(self._rank_files):
