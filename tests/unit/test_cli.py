@@ -25,7 +25,7 @@ FLAGS = {
     "calibrate": f"OUT.safetensors --text --sequences --length {MODEL_FLAGS}",
     "generate": "--prompt --scheme --calibration --max-new-tokens --temperature --top-k --top-p --seed --stop --chat "
     f"--policy --stats {MODEL_FLAGS}",
-    "eval": f"--text --schemes --calibration --windows --length {MODEL_FLAGS}",
+    "eval": f"--text --schemes --calibration --windows --length --path --batch --decode-tokens {MODEL_FLAGS}",
     "bench": "what --tokens --hidden --schemes --rounds --backend --policy --piece-kib --link --tp --device --json",
     "bench-model": "MODEL --config --random-weights --schemes --calibration --prompt-tokens --new-tokens --rounds "
     "--policy --dtype --tp --device --backend --json",
@@ -92,6 +92,8 @@ WRONG = {
     "eval M --schemes bf16 --virtual-tp -1": "--virtual-tp is -1",
     "eval M --schemes bf16 --dtype fp16": "fp16",
     "eval M --schemes bf16 --no-such-flag": "--no-such-flag",
+    "eval M --schemes bf16 --batch 3": "--path decode",
+    "eval M --schemes bf16 --path decode --batch 0": "--batch is 0",
     "eval M --schemes bf16 --window 3": "--window",  # half a name would stop working once a second flag begins alike
     "eval nowhere --schemes bf16": "nowhere",
     "generate nowhere --prompt x": "nowhere",

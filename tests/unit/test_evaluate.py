@@ -11,7 +11,7 @@ from helpers.model_cases import logits_of, prompt_of
 from megatron_lowbit.calibration_run import calibrate
 from megatron_lowbit.comm.saturation import SaturationLog
 from megatron_lowbit.comm.schemes import parse_scheme
-from megatron_lowbit.evaluation import EvaluationRow, evaluate
+from megatron_lowbit.evaluation import DecodePath, EvaluationRow, evaluate
 from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.weights import ModelWeights, load_weights
@@ -129,13 +129,17 @@ def test_a_scheme_named_twice_gives_two_equal_rows(weights, calibration):
 
 def numbers(row: EvaluationRow) -> dict:
     """All of a row but its speed."""
-    return {key: value for key, value in vars(row).items() if key != "prefill_tokens_per_s"}
+    return {key: value for key, value in vars(row).items() if not key.endswith("tokens_per_s")}
 
 
 def test_progress_counts_forward_passes(weights):
     seen: list[tuple[int, int]] = []
     evaluate(weights, ["bf16", "int8-group"], WINDOWS[:2], progress=lambda done, total: seen.append((done, total)))
     assert seen == [(done, 6) for done in range(1, 7)]  # exact is run too
+    seen.clear()
+    decode = DecodePath(2, 5)
+    evaluate(weights, ["bf16"], WINDOWS[:4], progress=lambda done, total: seen.append((done, total)), decode=decode)
+    assert seen == [(done, 20) for done in range(1, 21)]  # 2 batches of 5 steps
 
 
 def test_saturated_values_are_counted_by_hand(weights, calibration):
@@ -178,3 +182,43 @@ def test_missing_and_foreign_calibrations_are_refused(weights, calibration, tiny
     foreign = load_weights(tiny_models("biased"), ParallelContext.virtual_ranks(3), torch.float32)
     with pytest.raises(ValueError, match="belongs to another model"):
         evaluate(foreign, ["int4"], [[1, 2]], calibration)
+
+
+def test_decoding_predicts_what_prefill_does(weights, calibration):
+    """Results depend on neither the path nor the batch: the same positions, token by token, within rounding."""
+    first, scored = LENGTH - 7, 6
+    seen: dict[str, dict[tuple[int, int], tuple[float, float, bool]]] = {}
+
+    def remember(scheme, scores):
+        rows = zip(scores.windows_N.tolist(), scores.positions_N.tolist(), strict=True)
+        for where, *values in zip(rows, scores.kl_N.tolist(), scores.nll_N.tolist(), scores.agreed_N, strict=True):
+            seen.setdefault(scheme, {})[where] = tuple(values)
+
+    evaluate(weights, ["int4-outlier"], WINDOWS[:4], calibration, observer=remember)
+    whole = {scheme: {w: v for w, v in found.items() if w[1] >= first} for scheme, found in seen.items()}
+    assert len(whole["int4-outlier"]) == 4 * scored == len(whole["exact"])
+    for batch in (1, 4):
+        seen.clear()
+        (row,) = evaluate(
+            weights, ["int4-outlier"], WINDOWS[:4], calibration, decode=DecodePath(batch, scored), observer=remember
+        )
+        for scheme, expected in whole.items():
+            assert seen[scheme].keys() == expected.keys()
+            for where, (kl, nll, _) in seen[scheme].items():
+                # FP32 products of other shapes; now and then a value falls on the other side of a code's border
+                assert kl == pytest.approx(expected[where][0], rel=0.05, abs=1e-6), (scheme, where)
+                assert nll == pytest.approx(expected[where][1], rel=0.02, abs=1e-3), (scheme, where)
+        kls = [kl for kl, _, _ in whole["int4-outlier"].values()]
+        assert row.kl_mean == pytest.approx(sum(kls) / len(kls), rel=0.02) and row.kl_mean > 0.01
+        assert (row.path, row.batch, row.tokens, row.prefill_tokens_per_s) == ("decode", batch, 4 * scored, None)
+        assert row.decode_tokens_per_s > 0
+        # of the decoded tokens alone
+        assert row.sent_nbytes_per_token_per_rank == pytest.approx(
+            4 * parse_scheme("int4-outlier").sent_nbytes_per_token(81, RANKS)
+        )
+
+
+@pytest.mark.parametrize("path, says", [(DecodePath(3, 4), "batches of 3"), (DecodePath(1, 39), "1 to 38")])
+def test_windows_that_do_not_fit_the_decode_path_are_refused(weights, path, says):
+    with pytest.raises(ValueError, match=says):
+        evaluate(weights, ["bf16"], WINDOWS[:4], decode=path)
