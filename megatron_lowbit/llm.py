@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.calibration.scheme_file import TunedScheme, is_scheme_file
 from megatron_lowbit.chat import render_chat
 from megatron_lowbit.comm.policy import Policy, PolicyLog, shared_policy
 from megatron_lowbit.comm.saturation import SaturationLog
@@ -53,7 +54,8 @@ class LLM:
     ...           context=ParallelContext.from_environment())  # doctest: +SKIP
     >>> llm.generate(["The capital of France is"])[0].text  # doctest: +SKIP
 
-    model: a converted checkpoint, a Hugging Face directory, or weights loaded before. calibration: a file, or loaded.
+    model: a converted checkpoint, a Hugging Face directory, or weights loaded before. scheme: a name, a scheme, or a
+    file of `megatron-lowbit tune-scheme`, which has its calibration in it. calibration: a file, or loaded.
     count_saturation: fill `saturation`, for statistics; costs a pass over every message.
     policy: which messages of a two-stage scheme may go exactly or in one stage, by size: "auto" (defaults), a policy, a
     file of `megatron-lowbit tune` (read by rank 0, for all), or None for the scheme at every size.
@@ -64,7 +66,7 @@ class LLM:
         self,
         model: str | Path | ModelWeights,
         *,
-        scheme: str | CommScheme = "bf16",
+        scheme: str | Path | CommScheme | TunedScheme = "bf16",
         calibration: str | Path | CommCalibration | None = None,
         context: ParallelContext | None = None,
         dtype: torch.dtype | None = None,
@@ -73,6 +75,12 @@ class LLM:
         count_saturation: bool = False,
         policy: str | Path | Policy | None = "auto",
     ) -> None:
+        own = TunedScheme.load(Path(scheme)) if isinstance(scheme, str | Path) and is_scheme_file(scheme) else scheme
+        if isinstance(own, TunedScheme):
+            if calibration is not None:
+                raise ValueError(f"scheme file {own.name} has a calibration of its own; leave the other one out")
+            scheme, calibration = own.scheme, own.calibration
+        assert not isinstance(scheme, Path | TunedScheme)
         self.scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
         if isinstance(model, ModelWeights):
             if tokenizer is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,8 @@ class CommCalibration:
     text_sha256: str
     sync_points: dict[str, SyncPointStatistics]
 
-    def save(self, path: Path) -> None:
-        """Writes beside `path`, then renames: an interrupted run leaves no half file."""
+    def save(self, path: Path, also: Mapping[str, str] | None = None) -> None:
+        """Writes beside `path`, then renames: an interrupted run leaves no half file. also: more metadata."""
         tensors = {
             f"{name}.{statistic}": tensor
             for name, point in self.sync_points.items()
@@ -74,7 +75,7 @@ class CommCalibration:
             "text_sha256": self.text_sha256,
         }
         with replacing(path) as beside:
-            save_file(tensors, beside, metadata)
+            save_file(tensors, beside, {**metadata, **(also or {})})
 
     @classmethod
     def load(cls, path: Path) -> CommCalibration:

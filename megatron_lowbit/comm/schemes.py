@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_lowbit.comm.format_names import GRAMMAR, OutlierChoice, parse_format
+from megatron_lowbit.comm.presets import PRESETS
 from megatron_lowbit.comm.wire_format import WireFormat
 
 ONE_STAGE = "one-stage"
@@ -154,11 +155,12 @@ SCHEMES: dict[str, CommScheme] = {
 def parse_scheme(text: str) -> CommScheme:
     """Scheme of a name with options behind colons: `int4-outlier`, `int3-g32:one-stage`, `int4-random:seed=2`.
 
-    `int4-g64+int8-g128` takes a format for each stage, reduce and gather. See `format_names` for the names.
+    `int4-g64+int8-g128` takes a format for each stage, reduce and gather. See `format_names` for the names; those of
+    PRESETS stand for others.
     Raises ValueError for an unknown name or option.
     """
-    base, *options = text.split(":")
-    known = f"known: {', '.join(SCHEMES)}, and others like them: {GRAMMAR}"
+    base, *options = PRESETS.get(text, text).split(":")
+    known = f"known: {', '.join((*PRESETS, *SCHEMES))}, and others like them: {GRAMMAR}"
     try:
         formats = [parse_format(name) for name in base.split("+")]
         if len(formats) > 2:

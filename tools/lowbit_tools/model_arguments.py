@@ -9,6 +9,7 @@ from pathlib import Path
 from lowbit_tools import local_ranks
 from lowbit_tools.output import progress_bar
 from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.calibration.scheme_file import TunedScheme, is_scheme_file
 from megatron_lowbit.comm.policy import Policy, shared_policy
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.parallel import ParallelContext
@@ -61,11 +62,31 @@ def dtype_name(weights: ModelWeights) -> str:
 
 def parse_schemes(text: str) -> list[CommScheme]:
     """Schemes of a comma-separated list; ValueError for an unknown or repeated one."""
+    return [parse_scheme(name) for name in _names(text)]
+
+
+def check_schemes(text: str) -> None:
+    """Of a list that may have scheme files in it: ValueError or FileNotFoundError, before any rank starts."""
+    for name in _names(text):
+        if is_scheme_file(name):
+            TunedScheme.load(Path(name))
+        else:
+            parse_scheme(name)
+
+
+def load_schemes(text: str, context: ParallelContext) -> list[CommScheme | TunedScheme]:
+    """Schemes of a comma-separated list of names and scheme files; a failure on any rank is raised on all."""
+    return context.together(
+        lambda: [TunedScheme.load(Path(name)) if is_scheme_file(name) else parse_scheme(name) for name in _names(text)]
+    )
+
+
+def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise ValueError(f"--schemes names {', '.join(sorted(repeated))} twice; name each scheme once")
-    return [parse_scheme(name) for name in names]
+    return names
 
 
 def check_text(path: Path) -> None:

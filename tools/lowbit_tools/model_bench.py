@@ -14,6 +14,7 @@ from lowbit_tools.all_reduce_bench import BASELINE, TorchAllReduce
 from lowbit_tools.communication_clock import ELSEWHERE, SYNC, CommunicationClock, time_sync_points
 from lowbit_tools.timing import ratio_interval
 from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.calibration.scheme_file import TunedScheme
 from megatron_lowbit.calibration_run import calibrate, text_digest
 from megatron_lowbit.comm.all_reduce import SingleRankAllReduce
 from megatron_lowbit.comm.exchange import GATHER, REDUCE
@@ -91,7 +92,7 @@ class Variant:
 
 def variants(
     weights: ModelWeights,
-    schemes: Sequence[CommScheme],
+    schemes: Sequence[CommScheme | TunedScheme],
     calibration: CommCalibration | None,
     policy: Policy | None,
     backend: str,
@@ -105,11 +106,12 @@ def variants(
     if weights.context.size == 1:
         return [timed(ONE_RANK, weights.build(lambda name: SingleRankAllReduce()))]
     found = [timed(BASELINE, weights.build(lambda name: TorchAllReduce(weights.context)))]
-    for scheme in schemes:
-        found.append(timed(scheme.name, weights.build_with_scheme(scheme, calibration, backend)))
+    for given in schemes:
+        scheme, own = (given.scheme, given.calibration) if isinstance(given, TunedScheme) else (given, calibration)
+        found.append(timed(scheme.name, weights.build_with_scheme(scheme, own, backend)))
         row_nbytes = scheme.reduce_stage.packet_layout(weights.config.hidden_size).row_nbytes
         if policy is not None and scheme.gather_stage is not None and row_nbytes < 2 * weights.config.hidden_size:
-            model = weights.build_with_scheme(scheme, calibration, backend, policy=policy)
+            model = weights.build_with_scheme(scheme, own, backend, policy=policy)
             found.append(timed(f"{scheme.name}, policy", model, policy))
     return found
 

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="FILE", help="instead of MODEL: a config.json alone, with random weights"
     )
     parser.add_argument("--random-weights", action="store_true", help="random weights of MODEL's shapes")
-    parser.add_argument("--schemes", default="bf16,int4-outlier", help="comma-separated (default: bf16,int4-outlier)")
+    parser.add_argument(
+        "--schemes", default="bf16,int4-outlier",
+        help="comma-separated, files of `megatron-lowbit tune-scheme` too (default: bf16,int4-outlier)",
+    )  # fmt: skip
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE",
         help="from `megatron-lowbit calibrate` (default: ranges of a few random sequences, which take as long)",
@@ -60,7 +63,7 @@ def check(args: argparse.Namespace) -> None:
         config_path(args.config)
     if args.calibration is not None and (args.config is not None or args.random_weights):
         raise ValueError("--calibration belongs to a checkpoint's own weights; leave it out for random ones")
-    model_arguments.parse_schemes(args.schemes)
+    model_arguments.check_schemes(args.schemes)
     prompt_lengths(args.prompt_tokens)
     for flag, value, least in (("--new-tokens", args.new_tokens, 2), ("--rounds", args.rounds, 1)):
         if value < least:
@@ -79,8 +82,9 @@ def prompt_lengths(text: str) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    schemes, lengths = model_arguments.parse_schemes(args.schemes), prompt_lengths(args.prompt_tokens)
+    lengths = prompt_lengths(args.prompt_tokens)
     context = local_ranks.context_of(args)
+    given = model_arguments.load_schemes(args.schemes, context)
     clock = CommunicationClock(context.device)
     if context.transport is not None:
         context = replace(context, transport=TimedTransport(context.transport, clock))
@@ -94,10 +98,12 @@ def run(args: argparse.Namespace) -> None:
     policy = model_arguments.load_policy(args.policy, context) if context.size > 1 else None
     calibration = model_arguments.load_calibration(args.calibration, context)
     scales = str(args.calibration)
-    if calibration is None and context.size > 1 and any(scheme.needs_calibration for scheme in schemes):
+    named = [scheme for scheme in given if isinstance(scheme, CommScheme)]
+    if calibration is None and context.size > 1 and any(scheme.needs_calibration for scheme in named):
         calibration = own_calibration(weights)
         scales = "ranges of {} sequences of {} random tokens".format(*OWN_CALIBRATION)
-    candidates = variants(weights, schemes, calibration, policy, args.backend, clock)
+    candidates = variants(weights, given, calibration, policy, args.backend, clock)
+    schemes = [scheme if isinstance(scheme, CommScheme) else scheme.scheme for scheme in given]
     with output.progress_bar("timing (rounds)", context) as progress:
         timed = bench_model(candidates, lengths, args.new_tokens, args.rounds, clock, progress)
     rows = [asdict(row) for row in timed]

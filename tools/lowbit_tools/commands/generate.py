@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 
 from lowbit_tools import local_ranks, model_arguments, output
-from megatron_lowbit.comm.schemes import parse_scheme
 from megatron_lowbit.llm import LLM, TextEvent
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.sampling import SamplingParams
@@ -24,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", required=True, help="text to continue; give it several times for a batch"
     )
-    parser.add_argument("--scheme", default="bf16", help="communication scheme (default: bf16)")
+    parser.add_argument(
+        "--scheme", default="bf16",
+        help="communication scheme, or a file of `megatron-lowbit tune-scheme` (default: bf16)",
+    )  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="from `megatron-lowbit calibrate`")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -40,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError for arguments that make no sense, before any rank starts."""
-    parse_scheme(args.scheme)
+    """ValueError or FileNotFoundError for arguments that make no sense, before any rank starts."""
+    model_arguments.check_schemes(args.scheme)
     _params(args)
 
 
@@ -54,8 +56,9 @@ def run(args: argparse.Namespace) -> None:
     context = local_ranks.context_of(args)
     weights, tokenizer = model_arguments.load(args, context)
     calibration = model_arguments.load_calibration(args.calibration, context)
+    (scheme,) = model_arguments.load_schemes(args.scheme, context)
     llm = LLM(
-        weights, scheme=args.scheme, calibration=calibration, tokenizer=tokenizer, backend=args.backend,
+        weights, scheme=scheme, calibration=calibration, tokenizer=tokenizer, backend=args.backend,
         count_saturation=args.stats, policy=model_arguments.load_policy(args.policy, context),
     )  # fmt: skip
     context.traffic.reset()

@@ -1,0 +1,39 @@
+"""Presets: names that stand for schemes, and the bits they promise at every width."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_lowbit.comm.presets import PRESETS
+from megatron_lowbit.comm.schemes import parse_scheme
+
+LIMITS = {"balanced": 4.25, "balanced-portable": 4.25, "small": 3.25, "small-portable": 3.25}
+
+
+def test_every_preset_has_a_promise():
+    assert set(PRESETS) == set(LIMITS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_wire_bits_stay_below_the_limit_at_every_width(name):
+    """Rows are padded and groups rarely fill them: widths that divide by nothing are the hard ones."""
+    scheme = parse_scheme(name)
+    for hidden in (*range(512, 1400), *range(1400, 9000, 61), 16384):
+        for post_norms in (False, True):
+            reduce, gather = scheme.wire_bits_per_value(hidden, ["any"], post_norms)
+            assert gather is not None and (reduce + gather) / 2 <= LIMITS[name], hidden
+    assert LIMITS[name] - 0.35 < sum(scheme.wire_bits_per_value(4096, ["any"], False)) / 2  # nor does it waste them
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_scheme_it_stands_for(name):
+    scheme = parse_scheme(name)
+    spelt_out = parse_scheme(PRESETS[name])
+    assert scheme.name == name
+    assert vars(scheme) | {"name": ""} == vars(spelt_out) | {"name": ""}
+    assert scheme.portable == name.endswith("-portable") and scheme.needs_calibration
+
+
+def test_presets_take_no_options_and_are_named_in_errors():
+    with pytest.raises(ValueError, match="balanced-portable, small-portable"):
+        parse_scheme("balanced:loop")
