@@ -25,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments.add_arguments(parser)
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (default: prose of Python's own manual)")
     parser.add_argument(
-        "--schemes", required=True, help="comma-separated, e.g. bf16,int4-outlier,int4-outlier:one-stage"
-    )
+        "--schemes", required=True,
+        help="comma-separated, e.g. bf16,balanced,int4-outlier:one-stage; files of `megatron-lowbit tune-scheme` too",
+    )  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="from `megatron-lowbit calibrate`")
     parser.add_argument("--windows", type=int, default=32, metavar="N", help="windows at most (default: 32)")
     parser.add_argument("--length", type=int, default=512, metavar="T", help="tokens a window (default: 512)")
@@ -39,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError for arguments that make no sense, before any rank starts."""
-    model_arguments.parse_schemes(args.schemes)
+    """ValueError or FileNotFoundError for arguments that make no sense, before any rank starts."""
+    model_arguments.check_schemes(args.schemes)
     if args.text is not None:
         model_arguments.check_text(args.text)
     for flag, value in (("--batch", args.batch), ("--decode-tokens", args.decode_tokens)):
@@ -51,8 +52,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    schemes = model_arguments.parse_schemes(args.schemes)
     context = local_ranks.context_of(args)
+    schemes = model_arguments.load_schemes(args.schemes, context)
     weights, tokenizer = model_arguments.load(args, context)
     calibration = model_arguments.load_calibration(args.calibration, context)
     text = context.together(lambda: model_arguments.read_text(args.text) if args.text else demo_text()[1])
