@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,38 +53,59 @@ def transformers_model(path: Path, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What transformers makes of the text: logits of its first TOKENS tokens, the greedy tokens behind 64 of them, and
+    -log p summed over each window's tokens but the first."""
+
+    logits_TV: torch.Tensor
+    greedy: list[int]
+    nll: float
+
+
+@torch.inference_mode()
+def expected_of(path: Path, ids: list[int], windows: list[list[int]], greedy: int) -> Expected:
+    theirs = transformers_model(path, torch.float32)
+    logits_TV = theirs(torch.tensor([ids[:TOKENS]])).logits[0]
+    tokens = theirs.generate(torch.tensor([ids[:64]]), max_new_tokens=max(1, greedy), do_sample=False)[0, 64:].tolist()
+    nll = 0.0
+    for window in windows:
+        window_TV = theirs(torch.tensor([window])).logits[0, :-1]
+        nll += float(torch.nn.functional.cross_entropy(window_TV, torch.tensor(window[1:]), reduction="sum"))
+    return Expected(logits_TV, tokens[:greedy], nll)
+
+
 @torch.inference_mode()
 def parity(
-    context: ParallelContext, path: Path, ids: list[int], windows: list[list[int]], greedy: int
+    context: ParallelContext, path: Path, ids: list[int], windows: list[list[int]], expected: Expected
 ) -> dict[str, object]:
     """Largest difference of FP32 logits over TOKENS tokens, how many greedy tokens agree, and both perplexities."""
-    weights = load_weights(path, context, torch.float32)
-    model = weights.build_with_scheme(parse_scheme("exact"))
-    hidden_TH = model(TokenBatch.prompts([ids[:TOKENS]], context.device))
+    model = load_weights(path, context, torch.float32).build_with_scheme(parse_scheme("exact"))
     head = model.head
-    mine_TV = head.precise_logits(hidden_TH)
-    theirs = transformers_model(path, torch.float32)
-    expected_TV = theirs(torch.tensor([ids[:TOKENS]])).logits[0]
-    shard = expected_TV[:, head.start : head.start + mine_TV.shape[1]]
+    mine_TV = head.precise_logits(model(TokenBatch.prompts([ids[:TOKENS]], context.device)))
+    shard = expected.logits_TV[:, head.start : head.start + mine_TV.shape[1]]
     worst = max(context.all_gather_json(float((mine_TV - shard).abs().max())))
-    generation = TokenGeneration(model, [ids[:64]], SamplingParams(max_new_tokens=max(1, greedy), ignore_eos=True))
-    tokens = [generation.step()[0] for _ in range(greedy)]
-    wanted = theirs.generate(torch.tensor([ids[:64]]), max_new_tokens=max(1, greedy), do_sample=False)[0, 64:].tolist()
-    equal = next((i for i, (a, b) in enumerate(zip(tokens, wanted[:greedy], strict=True)) if a != b), greedy)
-    scored = sum(len(window) - 1 for window in windows)
-    nll = sum(our_nll(context, model, window) for window in windows)
-    their_nll = sum(
-        float(torch.nn.functional.cross_entropy(theirs(torch.tensor([w])).logits[0, :-1], torch.tensor(w[1:])))
-        * (len(w) - 1)
-        for w in windows
-    )
-    return {
+    row: dict[str, object] = {
         "tp": context.size, "virtual_ranks": context.virtual, "tokens": TOKENS, "largest_logit_difference": worst,
-        "largest_logit": float(expected_TV.abs().max()), "greedy_tokens": greedy, "equal_greedy_tokens": equal,
-        "windows": len(windows), "perplexity": math.exp(nll / max(1, scored)),
-        "transformers_perplexity": math.exp(their_nll / max(1, scored)),
-        "perplexity_ratio": math.exp((nll - their_nll) / max(1, scored)),
+        "largest_logit": float(expected.logits_TV.abs().max()),
     }  # fmt: skip
+    if expected.greedy:
+        count = len(expected.greedy)
+        generation = TokenGeneration(model, [ids[:64]], SamplingParams(max_new_tokens=count, ignore_eos=True))
+        pairs = [(generation.step()[0], wanted) for wanted in expected.greedy]
+        row |= {
+            "greedy_tokens": count,
+            "equal_greedy_tokens": next((i for i, (a, b) in enumerate(pairs) if a != b), count),
+        }
+    if windows:
+        scored = sum(len(window) - 1 for window in windows)
+        nll = sum(our_nll(context, model, window) for window in windows)
+        row |= {
+            "windows": len(windows), "perplexity": math.exp(nll / scored),
+            "transformers_perplexity": math.exp(expected.nll / scored),
+            "perplexity_ratio": math.exp((nll - expected.nll) / scored),
+        }  # fmt: skip
+    return row
 
 
 def our_nll(context: ParallelContext, model: Decoder, window: list[int]) -> float:
@@ -147,19 +169,18 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
     parser.add_argument("--windows", type=int, default=8, metavar="N", help="for perplexity; 512 tokens each")
     parser.add_argument("--greedy", type=int, default=200, metavar="N", help="tokens to generate behind 64")
-    parser.add_argument("--virtual-tp", type=int, default=1, metavar="N")
+    parser.add_argument("--virtual-tp", default="", metavar="N,M,…", help="compare at these numbers of virtual ranks")
     parser.add_argument("--speed", action="store_true", help="time both at one rank")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    context = (
-        ParallelContext.virtual_ranks(args.virtual_tp)
-        if args.virtual_tp > 1
-        else ParallelContext.from_environment("cpu")
-    )
+    context = ParallelContext.from_environment("cpu")
     tokenizer, text = Tokenizer.from_directory(args.model), args.text.read_text()
     ids = tokenizer.encode(text[:20_000])
     windows = text_windows(tokenizer, text, args.windows, WINDOW_TOKENS, 1, args.text.name) if args.windows else []
-    rows = [parity(context, args.model, ids, windows, args.greedy)]
+    expected = expected_of(args.model, ids, windows, args.greedy)
+    sizes = [int(size) for size in args.virtual_tp.split(",") if size]
+    contexts = [context if size == 1 else ParallelContext.virtual_ranks(size) for size in sizes] or [context]
+    rows = [parity(each, args.model, ids, windows, expected) for each in contexts]
     if args.speed and context.size == 1:
         rows += [speed(context, args.model, ids, dtype) for dtype in (torch.bfloat16, torch.float32)]
     for row in rows:
