@@ -65,6 +65,17 @@ def test_real_ranks_equal_transformers(tiny_models, ranks, family):
     torch.testing.assert_close(logits, hf_logits(tiny_models, family, prompt), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_and_low_bits_stay_close(tiny_models, family):
+    """Every feature with bf16 weights (2^-9 a rounding, some 20 deep), and with sums that travel in 8 bits."""
+    bf16 = load_weights(tiny_models(family), ParallelContext.virtual_ranks(3), torch.bfloat16)
+    prompt = prompt_of(bf16.config.vocab_size, 45)
+    expected = hf_logits(tiny_models, family, prompt)
+    for weights, scheme in ((bf16, "exact"), (load(tiny_models, family, 3), "int8-group")):
+        error = (logits_of(weights, prompt, scheme) - expected).abs().mean() / expected.abs().mean()
+        assert 1e-3 < error < 0.1, f"{scheme}: {error}; not in use, or broken"
+
+
 # ---- caches ---------------------------------------------------------------------------------------------------------
 
 
