@@ -20,6 +20,7 @@ from megatron_lowbit.comm.policy import Policy, PolicyLog
 from megatron_lowbit.comm.saturation import SaturationCounter, SaturationLog
 from megatron_lowbit.comm.schemes import CommScheme
 from megatron_lowbit.comm.symmetric import SymmetricBuffers, reserve
+from megatron_lowbit.comm.sync_point import JoiningAllReduce
 from megatron_lowbit.comm.workspace import Workspace
 from megatron_lowbit.config import ModelConfig
 from megatron_lowbit.layers.sharded import assign_parameters, sharded_parameters
@@ -27,6 +28,9 @@ from megatron_lowbit.models.decoder import AllReduceFactory, Decoder, StateFacto
 from megatron_lowbit.models.registry import tensor_sources
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.sharding import TensorSource
+
+#: Of a sync point's name and its collective.
+Wrapper = Callable[[str, AllReduce | CompensatedAllReduce], JoiningAllReduce]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -55,18 +59,22 @@ class ModelWeights:
         saturation: SaturationLog | None = None,
         policy: Policy | None = None,
         policy_log: PolicyLog | None = None,
+        wrap: Wrapper | None = None,
     ) -> Decoder:
         """A model whose sync points all use `scheme`.
 
         Called on all ranks alike. Raises ValueError (RankError on several ranks) where the scheme needs a calibration
         that is missing or of another model or size. saturation: gets a counter for every sync point, if given. policy:
         lets small messages of a two-stage scheme go another way (the log counts which); None: the scheme at every size.
+        wrap: gives what stands at each sync point in place of its collective, to look at what goes through.
         """
         symmetric = None
         if scheme.portable and backend in ("auto", "triton"):
             symmetric = reserve(self.context, scheme.for_dtype(self.dtype), self.config.hidden_size)
         model = self.context.together(
-            lambda: self._build_with_scheme(scheme, calibration, backend, saturation, policy, policy_log, symmetric)
+            lambda: self._build_with_scheme(
+                scheme, calibration, backend, saturation, policy, policy_log, symmetric, wrap
+            )
         )
         self.context.agree_same(repr(scheme), "the communication scheme")
         self.context.agree_same(policy and policy.to_json(), "the policy")
@@ -84,6 +92,7 @@ class ModelWeights:
         policy: Policy | None,
         policy_log: PolicyLog | None,
         symmetric: SymmetricBuffers | None,
+        wrap: Wrapper | None,
     ) -> Decoder:
         if self.context.size == 1:
             return self.build(lambda name: SingleRankAllReduce())
@@ -93,14 +102,15 @@ class ModelWeights:
 
         workspace = Workspace()
 
-        def all_reduce(name: str) -> AllReduce | CompensatedAllReduce:
+        def all_reduce(name: str) -> AllReduce | JoiningAllReduce:
             counter = None if saturation is None else saturation.setdefault(name, SaturationCounter())
             own = scheme.at(name)
             constants = sync_point_constants(own, name, self.config.hidden_size, calibration, self.context.device)
-            return build_all_reduce(
+            collective = build_all_reduce(
                 self.context, own, self.config.hidden_size, constants, backend, name, counter, policy, policy_log,
                 workspace, self.dtype, symmetric=symmetric, post_norm=self.config.post_norms,
             )  # fmt: skip
+            return collective if wrap is None else wrap(name, collective)
 
         return self.build(all_reduce, (lambda batch: LoopState()) if scheme.loop else None)
 

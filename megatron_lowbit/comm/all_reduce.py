@@ -97,14 +97,20 @@ def build_all_reduce(
     kernels = get_backend(backend, context.device)
     workspace = Workspace() if workspace is None else workspace
 
-    def codec(wire: WireFormat, scale_RD: torch.Tensor | None, minimum_RD: torch.Tensor | None = None) -> Codec:
+    def codec(
+        wire: WireFormat,
+        scale_RD: torch.Tensor | None,
+        minimum_RD: torch.Tensor | None = None,
+        counter: SaturationCounter | None = saturation,
+    ) -> Codec:
         index = constants.body_index, constants.outlier_index
-        return Codec(wire, hidden, kernels, *index, scale_RD, saturation, minimum_RD)
+        return Codec(wire, hidden, kernels, *index, scale_RD, counter, minimum_RD)
 
     reduce_codec = codec(scheme.reduce_stage, constants.reduce_scale_RD, constants.reduce_minimum_RD)
     gather_codec = None
     if scheme.gather_stage is not None:
-        gather_codec = codec(scheme.gather_stage, constants.gather_scale_1D, constants.gather_minimum_1D)
+        counter = saturation if saturation is None or saturation.gather is None else saturation.gather
+        gather_codec = codec(scheme.gather_stage, constants.gather_scale_1D, constants.gather_minimum_1D, counter)
 
     def compensated(reduce_codec: Codec, gather_codec: Codec, piece_nbytes: int) -> CompensatedAllReduce:
         reduce_nbytes = reduce_codec.layout.row_nbytes

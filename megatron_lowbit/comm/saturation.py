@@ -14,10 +14,12 @@ class SaturationCounter:
     """Counts over all encodings of one sync point in this process.
 
     values: all values looked at; saturated: finite ones at least half a step beyond the largest code, which the
-    encoder clamps; non_finite: NaN and Inf. Counted on the device, read as integers afterwards.
+    encoder clamps; non_finite: NaN and Inf. Counted on the device, read as integers afterwards. gather: where given,
+    counts encodings of sums, which are then missing here.
     """
 
     values: int = 0
+    gather: SaturationCounter | None = None
     _saturated: torch.Tensor | int = 0
     _non_finite: torch.Tensor | int = 0
 
@@ -33,6 +35,8 @@ class SaturationCounter:
     def reset(self) -> None:
         self.values = 0
         self._saturated = self._non_finite = 0
+        if self.gather is not None:
+            self.gather.reset()
 
     @property
     def saturated(self) -> int:

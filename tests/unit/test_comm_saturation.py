@@ -7,9 +7,13 @@ import torch
 from helpers.messages import random_values
 
 from lowbit_kernels import get_backend
+from megatron_lowbit.comm.all_reduce import build_all_reduce
 from megatron_lowbit.comm.codec import Codec
+from megatron_lowbit.comm.constants import SyncPointConstants
 from megatron_lowbit.comm.saturation import SaturationCounter
+from megatron_lowbit.comm.schemes import parse_scheme
 from megatron_lowbit.comm.wire_format import WireFormat
+from megatron_lowbit.parallel import ParallelContext
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -63,3 +67,20 @@ def test_counts_start_anew_after_a_reset():
     assert (counter.values, counter.saturated, counter.non_finite) == (0, 0, 0)
     counter.count(torch.ones(0, 2), torch.tensor([7.5, 7.5]))
     assert (counter.values, counter.saturated, counter.non_finite) == (0, 0, 0)
+
+
+def test_sums_are_counted_apart_where_asked():
+    log = {"apart": SaturationCounter(gather=SaturationCounter()), "together": SaturationCounter()}
+    for counter in log.values():
+        collective = build_all_reduce(
+            ParallelContext.virtual_ranks(3), parse_scheme("int8"), 8,
+            SyncPointConstants(reduce_scale_RD=torch.ones(3, 8), gather_scale_1D=torch.full((1, 8), 2.0)), "torch",
+            saturation=counter,
+        )  # fmt: skip
+        collective(torch.full((3, 5, 8), 100.0))  # each fits in 127 steps, their sum not in 254
+    apart, together = log["apart"], log["together"]
+    assert apart.gather is not None and (apart.values, apart.saturated) == (3 * 5 * 8, 0)
+    assert (apart.gather.values, apart.gather.saturated) == (5 * 8, 5 * 8)
+    assert (together.values, together.saturated) == (4 * 5 * 8, 5 * 8)
+    apart.reset()
+    assert (apart.values, apart.gather.values, apart.gather.saturated) == (0, 0, 0)
