@@ -133,8 +133,6 @@ def _read_config(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
     eos = more if isinstance(more, list) else [] if more is None else [more]
     if not all(type(token) is int for token in eos):
         raise ValueError(f"{generation}: eos_token_id is {more!r}, expected whole numbers; download the file again")
-    if not all(type(token) is int for token in config.eos_token_ids):
-        raise ValueError(f"{path}: eos_token_id is {config.eos_token_ids!r}, expected whole numbers; download it again")
     return data, replace(config, eos_token_ids=tuple(sorted({*config.eos_token_ids, *eos})))
 
 

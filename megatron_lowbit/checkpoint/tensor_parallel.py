@@ -6,9 +6,12 @@ a block that two ranks need in both, and an empty tensor (a shape with a 0) wher
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -21,6 +24,7 @@ from megatron_lowbit.models.registry import tensor_sources
 from megatron_lowbit.sharding import ShardRule
 
 CONFIG_FILE = "config.json"
+MAX_HASH_THREADS = 8
 HF_CONFIG_FILE = "huggingface_config.json"  # for export: what transformers reads
 
 
@@ -134,21 +138,24 @@ class TensorParallelCheckpoint:
         self._verify(sorted(self.manifest.files), progress)
 
     def _verify(self, names: list[str], progress: Progress | None) -> None:
-        total, done = sum(self.manifest.files[name].nbytes for name in names), 0
+        total, done, lock = sum(self.manifest.files[name].nbytes for name in names), 0, Lock()
 
         def advance(nbytes: int) -> None:
             nonlocal done
-            done += nbytes
-            if progress is not None:
-                progress(done, total)
+            with lock:
+                done += nbytes
+                if progress is not None:
+                    progress(done, total)
 
-        for name in names:
-            path = self.directory / name
-            found, expected = sha256_of(path, advance), self.manifest.files[name].sha256
+        # hashing lets go of Python's lock, so files are hashed side by side
+        with ThreadPoolExecutor(min(len(names), MAX_HASH_THREADS, os.cpu_count() or 1)) as pool:
+            sums = list(pool.map(lambda name: sha256_of(self.directory / name, advance), names))
+        for name, found in zip(names, sums, strict=True):
+            expected = self.manifest.files[name].sha256
             if found != expected:
                 raise ValueError(
-                    f"{path}: SHA-256 is {found}, expected {expected}; the file was altered or damaged since the "
-                    "conversion, convert or copy it again"
+                    f"{self.directory / name}: SHA-256 is {found}, expected {expected}; the file was altered or "
+                    "damaged since the conversion, convert or copy it again"
                 )
             self._verified.add(name)
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzz.fuzz_readers import write_gguf
 from helpers.stored_checkpoints import hf_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from checkpoints_conv.convert import convert
 from checkpoints_conv.export import export
 from checkpoints_conv.reshard import reshard
+from checkpoints_conv.source import open_source
 from checkpoints_conv.verify import verify
 from lowbit_tools.cli import main
 from megatron_lowbit.checkpoint.open import open_checkpoint
@@ -142,3 +144,15 @@ def test_verify_of_damage(source: Path, tmp_path: Path, kind: str) -> None:
     victim.write_bytes(data[:-2] if kind == "hf" else bytes([*data[:-2], data[-2] ^ 1, data[-1]]))
     with pytest.raises(ValueError, match="damaged"):
         verify(source if kind == "hf" else tmp_path / "tp2")
+
+
+def test_a_gguf_file_becomes_a_hugging_face_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It brings no config.json: one is written, and says the same."""
+    write_gguf(tmp_path / "m.gguf")
+    monkeypatch.setattr("checkpoints_conv.companions.write_tokenizer", lambda path, directory: [])
+    convert(tmp_path / "m.gguf", tmp_path / "tp3", 3, torch.float32)
+    export(tmp_path / "tp3", tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").config == open_source(tmp_path / "m.gguf").config
+    assert verify(tmp_path / "out", tmp_path / "m.gguf").compared_tensors == 12
