@@ -35,7 +35,7 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
 CONFIG_EDITS: dict[str, tuple[dict, str]] = {
     "endless layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, at most"),
     "negative layers": ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-    "more layers than tensors": ({"num_hidden_layers": 50}, "50 layers in its config.json but 29 tensors"),
+    "more layers than tensors": ({"num_hidden_layers": 50}, "50 layers in its config.json but 35 tensors"),
     "a list of heads": ({"num_attention_heads": [6]}, r"config\.json"),
     "a nested token": ({"eos_token_id": [[2]]}, "eos_token_id is"),
     "no table of rope": ({"rope_scaling": 3, "rope_parameters": 3}, r"config\.json"),
