@@ -23,11 +23,12 @@ HARD_TEXTS = [
     "",
     " ",
     "     ",
+    " " * 3000,
     "  leading",
     "trailing  ",
     "many    spaces\t\tand\ttabs\n\n\nlines\r\n",
     "😀😃👨‍👩‍👧‍👦🏳️‍🌈 emoji",
-    "日本語、中文、한국어, हिन्दी, עברית, العربية",
+    "日本語、中文、한국어, हिन्दी, עברית, العربية \u202eleft\u202c",
     "\x00NUL\x00\x01\x02\x1b[0m\x7f",
     "x" * 5000,
     "1234567890" * 20,
@@ -45,8 +46,6 @@ def train_sentencepiece(**options) -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS.splitlines() * 5),
         model_writer=model,
-        model_type="bpe",
-        vocab_size=360,
         byte_fallback=True,
         character_coverage=0.98,
         normalization_rule_name="identity",
@@ -54,7 +53,7 @@ def train_sentencepiece(**options) -> bytes:
         allow_whitespace_only_pieces=True,
         split_digits=True,
         minloglevel=2,
-        **options,
+        **{"model_type": "bpe", "vocab_size": 360, **options},
     )
     return model.getvalue()
 
@@ -127,15 +126,31 @@ def test_json_agrees_with_transformers(tmp_path, bos):
         assert ours.decode(ids, skip_special=False) == ("<s>" if bos else "") + text
 
 
-def test_sentencepiece_agrees_with_sentencepiece(sentencepiece_directory):
-    ours = Tokenizer.from_directory(sentencepiece_directory)
-    oracle = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_directory / "tokenizer.model"))
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_sentencepiece_agrees_with_sentencepiece(tmp_path, kind):
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(model_type=kind, vocab_size=330))
+    ours = Tokenizer.from_directory(tmp_path)
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert (ours.bos_id, ours.eos_ids, ours.vocab_size) == (1, (2,), oracle.vocab_size())
     assert ours.adds_bos
     for text in HARD_TEXTS:
         assert ours.encode(text) == [1, *oracle.encode(text)]
         assert ours.encode(text, add_bos=False) == oracle.encode(text)
         assert ours.decode(ours.encode(text)) == oracle.decode(oracle.encode(text))
+
+
+def test_unigram_agrees_with_tokenizers(tmp_path):
+    """The same pieces and scores in another implementation of the search for the likeliest pieces."""
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(model_type="unigram", vocab_size=330))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
+    oracle = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    oracle.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    ours = Tokenizer.from_directory(tmp_path)
+    for text in HARD_TEXTS:
+        # only tokenizers leaves out the prefix before a space; control pieces and equal scores are each one's own way
+        if text and text[0] != " " and "<" not in text and "\u2581" not in text and "xxx" not in text:
+            assert ours.encode(text, add_bos=False) == oracle.encode(text).ids
 
 
 @pytest.mark.parametrize("with_json", [True, False], ids=["tokenizer.json", "tokenizer.model"])

@@ -107,6 +107,11 @@ def directory(tokens: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
+@pytest.fixture(scope="module")
+def loaded(directory: Path) -> Tokenizer:
+    return Tokenizer.from_directory(directory)
+
+
 def test_equals_merging_by_rank(directory: Path, tokens: list[bytes]) -> None:
     ours = Tokenizer.from_directory(directory)
     used = tokens[:-3]  # the file lists more tokens than its vocabulary takes
@@ -118,6 +123,13 @@ def test_equals_merging_by_rank(directory: Path, tokens: list[bytes]) -> None:
         assert ours.encode(text) == [1, *ids]
         assert ours.decode(ids) == text
         assert all(token_id >= RESERVED for token_id in ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_any_text(loaded: Tokenizer, tokens: list[bytes], text: str) -> None:
+    assert loaded.encode(text, add_bos=False) == expected_ids(text, tokens[:-3], PATTERN)
+    assert loaded.decode(loaded.encode(text)) == text
 
 
 def test_special_names_are_text_unless_asked(directory: Path) -> None:
