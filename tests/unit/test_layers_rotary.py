@@ -30,6 +30,10 @@ STRETCHED = {
         rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
         original_max_position_embeddings=400,
     ),
+    "yarn, ramp cut off below": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
+    "yarn, ramp cut off above": dict(
+        rope_type="yarn", factor=4.0, rope_theta=3.0, original_max_position_embeddings=512
+    ),
     "yarn of two scales": dict(
         rope_type="yarn", factor=40.0, mscale=1.0, mscale_all_dim=0.8, original_max_position_embeddings=256
     ),
@@ -49,7 +53,7 @@ STRETCHED = {
 
 @pytest.mark.parametrize("name", STRETCHED)
 def test_frequencies_equal_transformers(name):
-    parameters = {**STRETCHED[name], "rope_theta": 500.0}
+    parameters = {"rope_theta": 500.0, **STRETCHED[name]}
     theirs = LlamaConfig(
         hidden_size=64, num_attention_heads=4, max_position_embeddings=512, rope_parameters=dict(parameters)
     )
@@ -78,6 +82,10 @@ def test_local_frequencies_are_never_stretched():
     config = replace(PLAIN, rope_scaling=RopeScaling("linear", 8.0), rope_local_theta=100.0)
     expected = [100.0 ** (-feature / 8) for feature in range(8)]
     assert inverse_frequencies(config, local=True).tolist() == pytest.approx(expected, rel=1e-5)
+    yarn = replace(config, rope_scaling=RopeScaling("yarn", 4.0, 100, attention_factor=2.0))
+    batch = TokenBatch(torch.zeros(1, dtype=torch.int64), (1,), (0,))
+    assert Rotary(yarn, CPU).tables(batch)[0].unique().item() == 2.0
+    assert Rotary(yarn, CPU, local=True).tables(batch)[0].unique().item() == 1.0
     without = replace(config, rope_local_theta=None)
     assert torch.equal(inverse_frequencies(without, local=True), inverse_frequencies(config))
 
