@@ -81,18 +81,14 @@ def tekken_as_json(text: str, path: Path) -> str:
 
 
 def merges_of(tokens: Sequence[bytes]) -> list[tuple[int, int]]:
-    """Pairs of ranks in the order in which they are to be merged, for tokens in order of rank.
-
-    Two merges may make the same token of overlapping pieces, `ab|a|ba` say; tiktoken takes the left one. That is the
-    one whose right part is a beginning of the token, so it goes first.
-    """
+    """Pairs of ranks in the order in which they are to be merged, for tokens in order of rank."""
     ranks: Mapping[bytes, int] = {token: rank for rank, token in enumerate(tokens)}
-    merges: list[tuple[int, int]] = []
-    for token in tokens:
-        cuts = [cut for cut in range(1, len(token)) if token[:cut] in ranks and token[cut:] in ranks]
-        cuts.sort(key=lambda cut: not token.startswith(token[cut:]))
-        merges += [(ranks[token[:cut]], ranks[token[cut:]]) for cut in cuts]
-    return merges
+    return [
+        (ranks[token[:cut]], ranks[token[cut:]])
+        for token in tokens
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
 
 
 def _special_tokens(document: dict[str, Any], reserved: int, path: Path) -> list[str]:
