@@ -156,8 +156,8 @@ def test_transformers_reads_the_same(directory: Path, tokens: list[bytes], tmp_p
     st.lists(st.text("ab", min_size=2, max_size=6), unique=True, max_size=12), st.text("ab", min_size=1, max_size=24)
 )
 def test_merge_order_under_ties(joins: list[str], word: str) -> None:
-    """Two letters only, so that joins overlap all the time. tiktoken takes the left of two equal joins, `tokenizers` the
-    one that is listed first. Every token but a letter is made of two others, as in real files."""
+    """Two letters only, so that joins overlap all the time. tiktoken takes the left of two equal joins,
+    `tokenizers` the one that is listed first. Every token but a letter is made of two others, as in real files."""
     tokens = [b"a", b"b"]
     for join in sorted(joins, key=len):
         token = join.encode()
