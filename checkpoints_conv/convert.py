@@ -54,7 +54,7 @@ def convert(
     """Writes `source` (Hugging Face folder, GGUF file, or one of our checkpoints) to the folder `out` for `tp` ranks.
 
     dtype: torch.bfloat16, torch.float16 (both round to nearest even) or torch.float32; None for the stored one. Memory:
-    some blocks of 8 MiB whatever the model, and one tensor where the source keeps it transposed or interleaved.
+    some blocks of 4 MiB whatever the model, and one tensor where the source keeps it transposed or interleaved.
     `out` appears complete or not at all. overwrite: replace one of our own checkpoints at `out`; nothing else is.
     Raises FileNotFoundError or ValueError: arguments, a damaged or incomplete source, a weight that is not finite.
     """

@@ -60,7 +60,7 @@ def export(
     """Writes `source` (one of our checkpoints, or anything else that `convert` reads) to the new folder `out`.
 
     Weights: model.safetensors, or several files with an index where they take more than `max_shard_nbytes` (a tensor
-    larger than that has a file of its own). dtype: None for the stored one. Memory: some blocks of 8 MiB, and one
+    larger than that has a file of its own). dtype: None for the stored one. Memory: some blocks of 4 MiB, and one
     tensor where the family keeps it transposed or interleaved. `out` appears complete or not at all.
     Raises FileNotFoundError or ValueError: arguments, a damaged or incomplete source, a weight that is not finite.
     """

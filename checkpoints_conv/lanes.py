@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 BATCHES_AHEAD = 3
-BATCH_NBYTES = 8 << 20
+BATCH_NBYTES = 4 << 20
 
 
 class Lanes:

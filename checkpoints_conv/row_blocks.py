@@ -12,7 +12,7 @@ import torch
 from megatron_lowbit.checkpoint.reader import CheckpointReader
 from megatron_lowbit.sharding import TensorSource
 
-BLOCK_NBYTES = 8 << 20  # so small that the allocator hands out the same memory again, and a core's cache has some of it
+BLOCK_NBYTES = 4 << 20  # so small that the allocator hands out the same memory again, and a core's cache has some of it
 
 
 @dataclass(frozen=True)
