@@ -21,6 +21,8 @@ from megatron_lowbit.weights import ModelWeights
 
 # Shapes: N scored positions, V' this rank's part of the vocabulary.
 
+#: Of a window: logits are the largest tensors there are, and three times as many are held.
+POSITIONS_AT_ONCE = 512
 #: Given a scheme's name and what it made of some positions.
 ScoresObserver = Callable[[str, TokenScores], None]
 
@@ -113,7 +115,7 @@ def evaluate(
 
     windows: token ids, all of one length; every position from 1 on is scored. Schemes run one after the other on each
     window, so that their timings are taken side by side. calibration: of schemes that bring none of their own.
-    progress: called with (done, total) forward passes.
+    progress: called with (done, total) steps: forward passes, of long windows more.
     decode: evaluate that path instead; every scheme keeps a KV cache of `batch` windows meanwhile. observer: given the
     scores of all positions, those of `exact` too.
     Raises ValueError for an unknown scheme, different ones of one name, or a calibration that is missing or does not
@@ -146,8 +148,9 @@ def evaluate(
         for counter in tallies[name].saturation.values():
             counter.reset()
     batch, last = (1 if decode is None else decode.batch), len(windows[0]) - 1
-    # what is scored at once: a whole window, or a position of each of some windows
-    steps = [range(last)] if decode is None else [range(at, at + 1) for at in range(last - decode.tokens, last)]
+    # what is scored at once: a stretch of one window, or a position of each of some windows
+    first_scored, at_once = (0, POSITIONS_AT_ONCE) if decode is None else (last - decode.tokens, 1)
+    steps = [range(at, min(at + at_once, last)) for at in range(first_scored, last, at_once)]
     done, total = 0, len(runs) * len(steps) * (len(windows) // batch)
     for first in range(0, len(windows), batch):
         group = windows[first : first + batch]
@@ -173,7 +176,9 @@ def _passes(
     """FP32 logits `[N, V']` of each step's positions, computed when they are asked for."""
     device = model.context.device
     if decode is None:
-        yield model.head.precise_logits(_timed(model, TokenBatch.prompts(group, device), None, tally)[:-1])
+        hidden_TH = _timed(model, TokenBatch.prompts(group, device), None, tally)
+        for positions in steps:
+            yield model.head.precise_logits(hidden_TH[positions.start : positions.stop])
         return
     cache = model.new_cache(len(group), steps[-1].stop)
     model(TokenBatch.prompts([window[: steps[0].start] for window in group], device), cache)
