@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from lowbit_tools.joined_all_reduce import JoinedAllReduce, random_input, with_moments
 from lowbit_tools.timing import interleaved, ratio_interval
 from megatron_lowbit.calibration.artifact import SyncPointStatistics
 from megatron_lowbit.calibration.observer import RangeObserver
 from megatron_lowbit.calibration.outliers import constants_from_statistics
 from megatron_lowbit.comm.all_reduce import AllReduce, build_all_reduce
 from megatron_lowbit.comm.compensation import CompensatedAllReduce
+from megatron_lowbit.comm.constants import SyncPointConstants
 from megatron_lowbit.comm.exchange import AUTOMATIC
 from megatron_lowbit.comm.policy import Policy
 from megatron_lowbit.comm.reference import all_reduce as reference_all_reduce
@@ -56,6 +58,7 @@ class Message:
     def __init__(self, context: ParallelContext, tokens: int, hidden: int) -> None:
         generator = torch.Generator().manual_seed(tokens)
         self.partials = [torch.randn(tokens, hidden, generator=generator).bfloat16() for _ in range(context.size)]
+        self.input_TH = random_input(tokens, hidden)
         self.mine_LTH = self.partials[context.rank].to(context.device).unsqueeze(0)
         #: written again and again, as torch's all-reduce does with its argument
         self.out_TH = torch.zeros(tokens, hidden, device=context.device)
@@ -66,22 +69,34 @@ class Message:
     ) -> AllReduce:
         """The collective for this message; its scales fit these values, as latency does not depend on them."""
         wire = scheme.for_dtype(torch.bfloat16)
-        constants = constants_from_statistics(wire, "bench", _statistics(self.partials)).to(self._context.device)
+        constants = self._constants(wire).to(self._context.device)
         hidden = self.out_TH.shape[1]
         collective = build_all_reduce(
             self._context, wire, hidden, constants, backend, policy=policy, piece_nbytes=piece_nbytes,
             workspace=workspace,
         )  # fmt: skip
-        if isinstance(collective, CompensatedAllReduce):
-            raise ValueError(f"scheme {scheme.name!r} needs a model's inputs and residual; time it with `bench-model`")
+        if isinstance(collective, CompensatedAllReduce) or not scheme.portable:
+            return JoinedAllReduce(collective, self.input_TH.to(self._context.device))
         return collective
 
     def check(self, all_reduce: AllReduce, scheme: CommScheme) -> None:
         """AssertionError unless the result is the reference's, bit for bit."""
         wire = scheme.for_dtype(torch.bfloat16)
-        constants = constants_from_statistics(wire, "bench", _statistics(self.partials))
-        expected = reference_all_reduce(self.partials, wire, constants)
+        constants = self._constants(wire)
+        if wire.portable:
+            expected = reference_all_reduce(self.partials, wire, constants)
+        else:  # what compensates has no reference but itself, with all ranks in one process
+            virtual = ParallelContext.virtual_ranks(len(self.partials))
+            alone = build_all_reduce(virtual, wire, self.out_TH.shape[1], constants)
+            expected = JoinedAllReduce(alone, self.input_TH)(torch.stack(self.partials))
         assert torch.equal(all_reduce(self.mine_LTH).cpu(), expected), f"{scheme.name} differs from the reference"
+
+    def _constants(self, scheme: CommScheme) -> SyncPointConstants:
+        stacked_RTH = torch.stack(self.partials).float()
+        if stacked_RTH.shape[1] == 0:
+            stacked_RTH = torch.ones(len(self.partials), 1, stacked_RTH.shape[2])
+        point = with_moments(_statistics(stacked_RTH), scheme, stacked_RTH)
+        return constants_from_statistics(scheme, "bench", point)
 
     def call(self, all_reduce: AllReduce) -> Callable[[], object]:
         return lambda: all_reduce(self.mine_LTH, self.out_TH)
@@ -141,9 +156,11 @@ def bench_all_reduce(
                 name, choice = f"{scheme.name}, policy", policy.choose(tokens, hidden)
                 chosen[name] = choice.name
                 free = message.all_reduce(scheme, backend, policy, piece_nbytes, workspace)
-                actual = {"exact": parse_scheme("exact:one-stage"), "two-stage": scheme}.get(
-                    choice.collective, parse_scheme(f"{scheme.name}:one-stage")
-                )
+                actual = scheme
+                if choice.collective == "exact":
+                    actual = parse_scheme("exact:one-stage")
+                elif choice.collective == "one-stage" and scheme.portable:
+                    actual = parse_scheme(f"{scheme.name}:one-stage")
                 sent[name] = _sent_nbytes(context, message, free, actual)
                 calls[name] = message.call(free)
         times = interleaved(context, calls, rounds)
@@ -172,12 +189,9 @@ def _sent_nbytes(context: ParallelContext, message: Message, all_reduce: AllRedu
     return int(max(context.all_gather_json(sent)))
 
 
-def _statistics(partials: Sequence[torch.Tensor]) -> SyncPointStatistics:
+def _statistics(stacked_RTH: torch.Tensor) -> SyncPointStatistics:
     """Ranges of these very values: latency does not depend on them, the check before timing does."""
-    if partials[0].shape[0] == 0:
-        partials = [torch.ones(1, partials[0].shape[1]) for _ in partials]
     partial, total = RangeObserver(), RangeObserver()
-    stacked_RTH = torch.stack(list(partials)).float()
     partial.update(stacked_RTH)
     total.update(stacked_RTH.sum(dim=0, keepdim=True))
     assert partial.minimum is not None and partial.maximum is not None
