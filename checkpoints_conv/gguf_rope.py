@@ -70,7 +70,6 @@ def _longrope(settings: GGUFSettings, tensors: Mapping[str, torch.Tensor]) -> di
         "rope_type": "longrope",
         "long_factor": tensors[LONG_FACTORS].tolist(),
         "short_factor": tensors[SHORT_FACTORS].tolist(),
-        "original_max_position_embeddings": original,
     }
 
 
