@@ -23,6 +23,7 @@ INTEGERS = {
     "num_attention_heads": "attention.head_count",
     "max_position_embeddings": "context_length",
 }
+EXPERT_TENSOR = "blk.0.ffn_gate_exps.weight"
 END_TOKEN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -68,6 +69,23 @@ def read_config(
     hf |= family.settings(settings, hf)
     if settings.integer("attention.sliding_window", 0, least=0) and "sliding_window" not in hf:
         raise ValueError(f"{path}: a sliding window, which models of {family.architecture} do not have")
-    if settings.integer("expert_count", 0, least=0) and "num_experts_per_tok" not in hf:
-        raise ValueError(f"{path}: a mixture of experts, which is not supported for {family.architecture}")
+    _check_experts(path, header, family, settings, hf)
     return config_from_hf(hf, str(path))
+
+
+def _check_experts(
+    path: Path, header: GGUFHeader, family: GGUFFamily, settings: GGUFSettings, hf: Mapping[str, Any]
+) -> None:
+    """Raises ValueError unless the file has the experts that it speaks of, and its family reads them."""
+    experts = settings.integer("expert_count", 0, least=0)
+    if not experts:
+        return
+    if "num_experts_per_tok" not in hf:
+        raise ValueError(f"{path}: a mixture of experts, which is not supported for {family.architecture}")
+    stacked = header.tensors.get(EXPERT_TENSOR)
+    if stacked is None or stacked.shape[0] != experts:
+        found = "is missing" if stacked is None else f"has shape {stacked.shape}"
+        raise ValueError(
+            f"{path}: of {experts} experts, tensor {EXPERT_TENSOR} {found}; files that keep each expert by itself are "
+            "too old: take a newer one of the same model"
+        )

@@ -58,7 +58,7 @@ def rope_scaling(
 
 
 def _longrope(settings: GGUFSettings, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    original = settings.integer("rope.scaling.original_context_length")
+    original = settings.integer("rope.scaling.original_context_length", least=2)
     stretch = max(1.0, settings.integer("context_length") / original)
     derived = math.sqrt(1.0 + math.log(stretch) / math.log(original))
     factor = settings.decimal("rope.scaling.attn_factor", derived)
@@ -68,16 +68,18 @@ def _longrope(settings: GGUFSettings, tensors: Mapping[str, torch.Tensor]) -> di
         )
     return {
         "rope_type": "longrope",
-        "long_factor": tensors[LONG_FACTORS].tolist(),
-        "short_factor": tensors[SHORT_FACTORS].tolist(),
+        "long_factor": tensors[LONG_FACTORS].flatten().tolist(),
+        "short_factor": tensors[SHORT_FACTORS].flatten().tolist(),
     }
 
 
 def _llama3(settings: GGUFSettings, divisors: torch.Tensor, theta: float, rotated: int) -> dict[str, Any]:
     """The Hugging Face settings that give exactly these divisors. Raises ValueError if none are known."""
     factor = float(divisors.max())
-    expected = llama3_divisors(theta, rotated, factor)
-    if divisors.shape != expected.shape or not torch.allclose(divisors.double(), expected, rtol=DIVISOR_TOLERANCE):
+    fits = tuple(divisors.shape) == (rotated // 2,)  # first: what a damaged file says may be too long to compute
+    if not fits or not torch.allclose(
+        divisors.double(), llama3_divisors(theta, rotated, factor), rtol=DIVISOR_TOLERANCE
+    ):
         raise ValueError(
             f"{settings.path}: rope_freqs.weight is not the frequency scaling of Llama 3 (low_freq_factor 1, "
             "high_freq_factor 4, 8192 positions); convert the Hugging Face checkpoint of this model instead"

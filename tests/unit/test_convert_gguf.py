@@ -235,6 +235,10 @@ def test_llama3_scaling_is_recovered(tensors: dict[str, np.ndarray], tmp_path: P
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts": ({"llama.expert_count": 8}, "metadata expert_used_count is None"),
+    "old experts": (
+        {"llama.expert_count": 8, "llama.expert_used_count": 2},
+        r"of 8 experts, tensor blk\.0\.ffn_gate_exps\.weight is missing",
+    ),
     "stretched": ({"llama.rope.scaling.type": "su"}, "rope scaling 'su' is not supported"),
     "yarn": ({"llama.rope.scaling.type": "yarn"}, r"metadata rope\.scaling\.factor is None"),
     "width": ({"llama.attention.key_length": 48}, "over 32 of 48 dimensions"),
@@ -252,7 +256,8 @@ def test_what_the_model_cannot_do_is_refused(tensors: dict[str, np.ndarray], tmp
 
 def test_other_architecture_and_other_tensors(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"architecture 'gptneox' is not supported; supported: \['gemma', 'gemma2', 'gemma3', 'gpt-oss', 'llama'"
+        ValueError,
+        match=r"architecture 'gptneox' is not supported; supported: \['gemma', 'gemma2', 'gemma3', 'gpt-oss', 'llama'",
     ):
         GGUFCheckpoint(write_gguf(tmp_path / "g.gguf", tensors, architecture="gptneox"))
     extra = write_gguf(tmp_path / "e.gguf", tensors | {"mystery.weight": np.zeros(4, np.float32)})
