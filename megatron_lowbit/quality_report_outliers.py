@@ -23,7 +23,7 @@ from megatron_lowbit.weights import ModelWeights
 #: Sets hold one feature in so many, as the paper's do.
 DIVISOR = 64
 #: Columns of the map at most; wider models show the widest of neighbouring features.
-MOST_COLUMNS = 640
+MOST_COLUMNS = 320
 
 #: What is compared with what, by the key of its row.
 OVERLAPS = {

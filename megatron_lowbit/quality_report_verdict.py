@@ -131,5 +131,7 @@ def _count(value: float) -> str:
 def percent(share: float, sign: bool = True) -> str:
     """As people read it: `+1.2 %`, without needless digits."""
     value = 100 * share
+    if abs(value) < 0.005:
+        return "0 %"
     digits = 2 if abs(value) < 0.995 else 1 if abs(value) < 99.5 else 0
     return f"{value:{'+' if sign else ''},.{digits}f} %"

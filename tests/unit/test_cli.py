@@ -26,6 +26,8 @@ FLAGS = {
     "generate": "--prompt --scheme --calibration --max-new-tokens --temperature --top-k --top-p --seed --stop --chat "
     f"--policy --stats {MODEL_FLAGS}",
     "eval": f"--text --schemes --calibration --windows --length --path --batch --decode-tokens {MODEL_FLAGS}",
+    "report": "--text --schemes --calibration --out --parts --windows --length --lengths --decode-batches "
+    f"--decode-positions --layer-windows --prompts --new-tokens {MODEL_FLAGS}",
     "bench": "what --tokens --hidden --schemes --rounds --backend --policy --piece-kib --link --tp --device --json",
     "bench-model": "MODEL --config --random-weights --schemes --calibration --prompt-tokens --new-tokens --rounds "
     "--policy --dtype --tp --device --backend --json",
@@ -38,6 +40,7 @@ DEFAULTS = {
     "calibrate M C": dict(sequences=256, length=512, text=None),
     "generate M --prompt x": dict(scheme="bf16", max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0, chat=False),
     "eval M --schemes bf16": dict(windows=32, length=512, text=None, calibration=None),
+    "report M --schemes bf16": dict(windows=32, length=512, lengths="128,2048", decode_batches="1,32", prompts=50),
     "bench all-reduce": dict(tokens="1,16,128,1024", hidden=4096, policy="auto", piece_kib=0, link=None),
     "bench-model M": dict(
         schemes="bf16,int4-outlier", prompt_tokens="512,2048", new_tokens=16, rounds=5, policy="auto"
@@ -96,6 +99,13 @@ WRONG = {
     "eval M --schemes bf16 --path decode --batch 0": "--batch is 0",
     "eval M --schemes bf16 --window 3": "--window",  # half a name would stop working once a second flag begins alike
     "eval nowhere --schemes bf16": "nowhere",
+    "report M": "--schemes",
+    "report M --schemes bf16 --parts speed": "allowed: quality, lengths",
+    "report M --schemes bf16 --lengths 128,x": "--lengths is '128,x'",
+    "report M --schemes bf16 --decode-batches 0": "--decode-batches is '0'",
+    "report M --schemes bf16 --prompts 0": "--prompts is 0",
+    "report M --schemes bf16 --out nowhere/report.html": "no folder",
+    "report nowhere --schemes bf16 --virtual-tp 2": "nowhere",
     "generate nowhere --prompt x": "nowhere",
     "generate M --prompt x --scheme int9": "unknown scheme 'int9'",
     "generate M --prompt x --temperature -1": "temperature",

@@ -21,13 +21,16 @@ from lowbit_tools.commands import (
     export,
     generate,
     plan,
+    report,
     reshard,
     tune,
     verify,
 )
 from megatron_lowbit.parallel import CommunicationError, RankError
 
-COMMANDS = (convert, reshard, export, verify, calibrate, generate, evaluate, bench, bench_model, tune, plan, demo)
+COMMANDS = (
+    convert, reshard, export, verify, calibrate, generate, evaluate, report, bench, bench_model, tune, plan, demo,
+)  # fmt: skip
 USER_ERROR = 2
 
 
