@@ -29,8 +29,9 @@ def quality(parts: Parts) -> str:
     return table(rows, columns) + note(
         "In small print: 95 % confidence intervals (Student's t over windows); that of perplexity is paired, from the "
         "difference to exact on each window. Bits are those on the wire, scales and padding included "
-        "(reduce / gather, where the stages differ). Bytes: what a rank sends for one token at all sync points. KL: of the exact prediction from the scheme's, over the whole "
-        "vocabulary, mean over positions. Same likeliest token: share of positions whose best token is that of exact."
+        "(reduce / gather, where the stages differ). Bytes: what a rank sends for one token at all sync points. KL: of "
+        "the exact prediction from the scheme's, over the whole vocabulary, mean over positions. Same likeliest token: "
+        "share of positions whose best token is that of exact."
     )
 
 
