@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowbit_tools.cli import build_parser, main
+from megatron_lowbit.calibration.scheme_file import is_scheme_file
 from megatron_lowbit.comm.schemes import parse_scheme
 
 README = Path(__file__).parents[2] / "README.md"
@@ -23,6 +24,8 @@ FLAGS = {
     "export": "CKPT OUT_DIR --max-shard-size --dtype --json",
     "verify": "CKPT --against --logits --json",
     "calibrate": f"OUT.safetensors --text --sequences --length {MODEL_FLAGS}",
+    "tune-scheme": "OUT.safetensors --budget-bits --max-kl --calibration --text --sequences --length --portable "
+    f"{MODEL_FLAGS}",
     "generate": "--prompt --scheme --calibration --max-new-tokens --temperature --top-k --top-p --seed --stop --chat "
     f"--policy --stats {MODEL_FLAGS}",
     "eval": f"--text --schemes --calibration --windows --length --path --batch --decode-tokens {MODEL_FLAGS}",
@@ -45,6 +48,7 @@ DEFAULTS = {
     "bench-model M": dict(
         schemes="bf16,int4-outlier", prompt_tokens="512,2048", new_tokens=16, rounds=5, policy="auto"
     ),
+    "tune-scheme M O": dict(budget_bits=None, max_kl=None, calibration=None, sequences=64, length=512, portable=False),
     "tune OUT": dict(scheme="int4-outlier", hidden=4096, seconds=40.0),
     "convert S O --tp 2": dict(dtype="bf16", overwrite=False, dry_run=False),
     "export C O": dict(dtype="auto", max_shard_size="5GB"),
@@ -141,6 +145,14 @@ WRONG = {
     "bench-model M --new-tokens 1": "--new-tokens is 1",
     "bench-model M --rounds 0": "--rounds is 0",
     "bench-model M --schemes int5+int6+int7": "int5+int6+int7",
+    "eval M --schemes nowhere.safetensors": "nowhere.safetensors not found",
+    "generate M --prompt x --scheme nowhere.safetensors": "nowhere.safetensors not found",
+    "bench-model M --schemes bf16,nowhere.safetensors": "nowhere.safetensors not found",
+    "tune-scheme M O.safetensors": "either --budget-bits BITS or --max-kl",
+    "tune-scheme M O.safetensors --budget-bits 4 --max-kl 0.1": "either --budget-bits BITS or --max-kl",
+    "tune-scheme M O.safetensors --max-kl 0": "a positive number",
+    "tune-scheme M balanced --budget-bits 4": "let it end in .safetensors",
+    "tune-scheme M O.safetensors --budget-bits 4 --text nowhere.txt": "nowhere.txt",
     "tune OUT": "--tp N",
     "tune OUT --scheme int4:one-stage": "one-stage",
     "tune OUT --seconds 0": "--seconds is 0",
@@ -193,4 +205,4 @@ def test_commands_of_the_readme_parse(line: str) -> None:
     words = COMMAND.split(line, maxsplit=1)[1]
     args = build_parser().parse_args(shlex.split(words))
     for scheme in (getattr(args, "schemes", getattr(args, "scheme", None)) or "bf16").split(","):
-        parse_scheme(scheme)  # the parser itself takes any text
+        assert is_scheme_file(scheme) or parse_scheme(scheme)  # the parser itself takes any text

@@ -24,12 +24,14 @@ from lowbit_tools.commands import (
     report,
     reshard,
     tune,
+    tune_scheme,
     verify,
 )
 from megatron_lowbit.parallel import CommunicationError, RankError
 
 COMMANDS = (
-    convert, reshard, export, verify, calibrate, generate, evaluate, report, bench, bench_model, tune, plan, demo,
+    convert, reshard, export, verify, calibrate, tune_scheme, generate, evaluate, report, bench, bench_model, tune,
+    plan, demo,
 )  # fmt: skip
 USER_ERROR = 2
 
