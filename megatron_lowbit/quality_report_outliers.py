@@ -82,7 +82,7 @@ def overlap_rows(
     """
     names = list(sync_point_names(weights.config))
     points = [calibration.sync_points[name] for name in names]
-    values = _of_sets(points, set_size(calibration.hidden))
+    values = set_overlaps(points, set_size(calibration.hidden))
     values |= _of_tokens(weights, calibration, windows, progress, backend)
     chance = set_size(calibration.hidden) / calibration.hidden
     return [
@@ -92,7 +92,9 @@ def overlap_rows(
     ]
 
 
-def _of_sets(points: Sequence[SyncPointStatistics], count: int) -> dict[str, float]:
+def set_overlaps(points: Sequence[SyncPointStatistics], count: int) -> dict[str, float]:
+    """Of sets of `count` features at sync points in their order (of layers: o_proj, down_proj), by key of OVERLAPS."""
+
     def top(values_H: torch.Tensor) -> frozenset[int]:
         return frozenset(select_outliers(values_H, count).tolist())
 

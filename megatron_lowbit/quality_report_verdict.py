@@ -125,7 +125,7 @@ def _generation(rows: Sequence[Row]) -> list[str]:
 
 
 def _count(value: float) -> str:
-    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
 def percent(share: float, sign: bool = True) -> str:
