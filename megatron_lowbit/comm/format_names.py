@@ -16,7 +16,8 @@ GRAMMAR = (
     "exact, bf16, int2 to int8, fp8 (e4m3), fp4 (e2m1), mxfp4, mxfp8, nvfp4; behind codes -group or -gN (a scale for "
     "every N values, else calibrated static scales), -e8m0 or -e4m3 (one-byte group scales), -asym (integers from a "
     "minimum on), -prescaled (groups), and -outlier or -random (1/64 of the features as BF16), as in int4-g32-asym; "
-    "REDUCE+GATHER for two different stages; then ':one-stage' and, with -random, ':seed=N'"
+    "REDUCE+GATHER for two different stages; then ':one-stage' and, with -random, ':seed=N'; ':loop' and ':predict' or "
+    "':predict=RANK' for what goes beyond partial sums"
 )
 _BASES = {
     "exact": WireFormat(32),
