@@ -190,3 +190,36 @@ def _indices(
     with_outliers = layout.outliers > 0
     _side(f"{prefix}body_index", body_index, (layout.body,) if with_outliers else None, torch.int64, device)
     _side(f"{prefix}outlier_index", outlier_index, (layout.outliers,) if with_outliers else None, torch.int64, device)
+
+
+def check_foretell(
+    input_TH: Tensor, input_scale_H: Tensor, first_HK: Tensor, offset_K: Tensor, factor_K: Tensor
+) -> None:
+    """Raise TypeError for inputs that are neither fp32 nor bf16, ValueError for anything else that does not fit."""
+    if input_TH.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"input_TH is {input_TH.dtype}; foretell_codes reads torch.float32 or torch.bfloat16")
+    if first_HK.dim() != 2 or input_TH.dim() != 2:
+        raise ValueError(f"input_TH is {tuple(input_TH.shape)}, first {tuple(first_HK.shape)}; give [T, H] and [H, K]")
+    (hidden, width), device = first_HK.shape, input_TH.device
+    _rows("input_TH", input_TH, (input_TH.shape[0], hidden), input_TH.dtype, device)
+    _rows("first", first_HK, (hidden, width), torch.int8, device)
+    _rows("input_scale_H", input_scale_H, (hidden,), torch.float32, device)
+    _rows("offset_K", offset_K, (width,), torch.float32, device)
+    _rows("factor_K", factor_K, (width,), torch.float32, device)
+
+
+def check_share(codes_TK: Tensor, values_KH: Tensor, scale_H: Tensor, tokens: int, features: int) -> None:
+    """Raise ValueError for anything that does not fit."""
+    if values_KH.dtype not in (torch.int8, torch.int16) or values_KH.dim() != 2 or values_KH.shape[1] != features:
+        raise ValueError(
+            f"coefficients are {values_KH.dtype} {tuple(values_KH.shape)}; expected int8 or int16 [K, {features}]"
+        )
+    _rows("codes_TK", codes_TK, (tokens, values_KH.shape[0]), torch.int8, values_KH.device)
+    _rows("scale_H", scale_H, (features,), torch.float32, values_KH.device)
+
+
+def check_missed(name: str, missed_TH: Tensor | None, layout: PacketLayout, scale: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError for anything that does not fit. scale: what packets are decoded with. x: has the same tokens."""
+    if missed_TH is not None:
+        _rows(name, missed_TH, (x.shape[0], layout.features), torch.float32, x.device)
+    _side("scale", scale, (layout.body,) if layout.needs_static else None, torch.float32, x.device)

@@ -7,21 +7,28 @@ Legend: T tokens, H hidden features, K outliers, R ranks, B bytes of a row.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lowbit_kernels.checks import check_decode, check_decode_add_norm, check_decode_sum, check_encode, check_requantize
-from lowbit_kernels.cpu_library import CLayout, c_layout, library
+from lowbit_kernels.cpu_arguments import (
+    BF16,
+    FP32,
+    UINT8,
+    demand_cpu,
+    fits,
+    packets_fit,
+    pointers,
+    raise_for,
+    rows_of,
+    static_fit,
+)
+from lowbit_kernels.cpu_library import c_layout, library
 from lowbit_kernels.layout import PacketLayout
 
 name = "cpu"
-
-_BF16, _FP32, _UINT8, _INT64 = torch.bfloat16, torch.float32, torch.uint8, torch.int64
-_NO_MEMORY = 1
-_BAD_OUTLIER_INDEX = 2
 
 
 def why_missing(device: torch.device) -> str:
@@ -48,14 +55,14 @@ def encode(
     at, shape = c_layout(layout), x_TH.shape
     if not (
         len(shape) == 2
-        and (x_TH.dtype is _BF16 or x_TH.dtype is _FP32)
-        and _fits(x_TH, (shape[0], at.features), x_TH.dtype)
-        and _fits(packet_TB, (shape[0], at.row_nbytes), _UINT8)
-        and _static_fit(at, inverse_scale, body_index, outlier_index, minimum)
+        and (x_TH.dtype is BF16 or x_TH.dtype is FP32)
+        and fits(x_TH, (shape[0], at.features), x_TH.dtype)
+        and fits(packet_TB, (shape[0], at.row_nbytes), UINT8)
+        and static_fit(at, inverse_scale, body_index, outlier_index, minimum)
     ):
         check_encode(x_TH, layout, packet_TB, inverse_scale, body_index, outlier_index, minimum)
-        _demand_cpu(x_TH)
-    is_bf16 = x_TH.dtype is _BF16
+        demand_cpu(x_TH)
+    is_bf16 = x_TH.dtype is BF16
     status = library().lowbit_encode(
         at.struct,
         x_TH.data_ptr(),
@@ -69,7 +76,7 @@ def encode(
         None if outlier_index is None else outlier_index.data_ptr(),
     )
     if status:
-        _raise(status, outlier_index)
+        raise_for(status, outlier_index)
 
 
 def decode(
@@ -86,12 +93,12 @@ def decode(
     at, shape = c_layout(layout), out_TH.shape
     if not (
         len(shape) == 2
-        and _fits(out_TH, (shape[0], at.features), _FP32)
-        and _fits(packet_TB, (shape[0], at.row_nbytes), _UINT8)
-        and _static_fit(at, scale, body_index, outlier_index, minimum)
+        and fits(out_TH, (shape[0], at.features), FP32)
+        and fits(packet_TB, (shape[0], at.row_nbytes), UINT8)
+        and static_fit(at, scale, body_index, outlier_index, minimum)
     ):
         check_decode(packet_TB, layout, out_TH, scale, body_index, outlier_index, minimum)
-        _demand_cpu(out_TH)
+        demand_cpu(out_TH)
     status = library().lowbit_decode(
         at.struct,
         packet_TB.data_ptr(),
@@ -105,7 +112,7 @@ def decode(
         add,
     )
     if status:
-        _raise(status, outlier_index)
+        raise_for(status, outlier_index)
 
 
 def decode_sum(
@@ -121,24 +128,24 @@ def decode_sum(
     at, shape = c_layout(layout), out_TH.shape
     if not (
         len(shape) == 2
-        and _fits(out_TH, (shape[0], at.features), _FP32)
-        and _packets_fit(at, shape[0], packets_RTB, scale_RH, body_index, outlier_index, minimum_RH)
+        and fits(out_TH, (shape[0], at.features), FP32)
+        and packets_fit(at, shape[0], packets_RTB, scale_RH, body_index, outlier_index, minimum_RH)
     ):
         check_decode_sum(packets_RTB, layout, out_TH, scale_RH, body_index, outlier_index, minimum_RH)
-        _demand_cpu(out_TH)
+        demand_cpu(out_TH)
     status = library().lowbit_decode_sum(
         at.struct,
-        *_pointers(packets_RTB),
+        *pointers(packets_RTB),
         shape[0],
         out_TH.data_ptr(),
         out_TH.stride()[0],
-        *_rows(scale_RH),
-        *_rows(minimum_RH),
+        *rows_of(scale_RH),
+        *rows_of(minimum_RH),
         None if outlier_index is None else outlier_index.data_ptr(),
         0,
     )
     if status:
-        _raise(status, outlier_index)
+        raise_for(status, outlier_index)
 
 
 def requantize(
@@ -161,21 +168,21 @@ def requantize(
     if not (
         len(shape) == 2
         and at.features == to.features
-        and _fits(packet_TB, (shape[0], to.row_nbytes), _UINT8)
-        and _static_fit(to, gather_inverse_scale, gather_body_index, gather_outlier_index, gather_minimum)
-        and _packets_fit(at, shape[0], packets_RTB, scale_RH, body_index, outlier_index, minimum_RH)
+        and fits(packet_TB, (shape[0], to.row_nbytes), UINT8)
+        and static_fit(to, gather_inverse_scale, gather_body_index, gather_outlier_index, gather_minimum)
+        and packets_fit(at, shape[0], packets_RTB, scale_RH, body_index, outlier_index, minimum_RH)
     ):
         check_requantize(
             packets_RTB, layout, packet_TB, gather_layout, scale_RH, body_index, outlier_index, minimum_RH,
             gather_inverse_scale, gather_body_index, gather_outlier_index, gather_minimum,
         )  # fmt: skip
-        _demand_cpu(packet_TB)
+        demand_cpu(packet_TB)
     status = library().lowbit_requantize(
         at.struct,
-        *_pointers(packets_RTB),
+        *pointers(packets_RTB),
         shape[0],
-        *_rows(scale_RH),
-        *_rows(minimum_RH),
+        *rows_of(scale_RH),
+        *rows_of(minimum_RH),
         None if outlier_index is None else outlier_index.data_ptr(),
         to.struct,
         packet_TB.data_ptr(),
@@ -185,7 +192,7 @@ def requantize(
         None if gather_outlier_index is None else gather_outlier_index.data_ptr(),
     )
     if status:
-        _raise(status, outlier_index, gather_outlier_index)
+        raise_for(status, outlier_index, gather_outlier_index)
 
 
 def decode_add_norm(
@@ -213,84 +220,3 @@ def decode_add_norm(
         residual_TH += values_TH.add_(bias_H)
         residual_TH.masked_fill_(residual_TH.isnan(), torch.nan)  # hardware disagrees about NaN bits
     normed_TH.copy_(torch.nn.functional.rms_norm(residual_TH, weight_H.shape, weight_H, eps))
-
-
-def _fits(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether it is what the C functions take. Where not, `checks.py` knows better, and what to say."""
-    return tensor.dtype is dtype and tensor.is_cpu and tensor.shape == shape and tensor.stride()[-1] == 1
-
-
-def _side_fits(tensor: Tensor | None, shape: tuple[int, ...] | None, dtype: torch.dtype) -> bool:
-    if tensor is None or shape is None:
-        return tensor is None and shape is None
-    return _fits(tensor, shape, dtype)
-
-
-def _static_fit(
-    at: CLayout,
-    scale: Tensor | None,
-    body_index: Tensor | None,
-    outlier_index: Tensor | None,
-    minimum: Tensor | None,
-) -> bool:
-    return (
-        _side_fits(scale, at.static, _FP32)
-        and _side_fits(body_index, at.body_index, _INT64)
-        and _side_fits(outlier_index, at.outlier_index, _INT64)
-        and _side_fits(minimum, at.minimum, _FP32)
-    )
-
-
-def _packets_fit(
-    at: CLayout,
-    tokens: int,
-    packets_RTB: Tensor | Sequence[Tensor],
-    scale_RH: Tensor | None,
-    body_index: Tensor | None,
-    outlier_index: Tensor | None,
-    minimum_RH: Tensor | None,
-) -> bool:
-    shape, ranks = (tokens, at.row_nbytes), len(packets_RTB)
-    if isinstance(packets_RTB, Tensor):
-        fit = _fits(packets_RTB, (ranks, *shape), _UINT8)
-    else:
-        fit = all([_fits(packet_TB, shape, _UINT8) for packet_TB in packets_RTB])
-    return (
-        fit
-        and ranks > 0
-        and _side_fits(scale_RH, at.static and (ranks, *at.static), _FP32)
-        and _side_fits(body_index, at.body_index, _INT64)
-        and _side_fits(outlier_index, at.outlier_index, _INT64)
-        and _side_fits(minimum_RH, at.minimum and (ranks, *at.minimum), _FP32)
-    )
-
-
-def _rows(tensor_RH: Tensor | None) -> tuple[int | None, int]:
-    """First row and the distance between rows."""
-    return (None, 0) if tensor_RH is None else (tensor_RH.data_ptr(), tensor_RH.stride()[0])
-
-
-def _pointers(packets_RTB: Tensor | Sequence[Tensor]) -> tuple[bytes, bytes, int]:
-    """R addresses and R distances between rows, as C arrays of 64-bit integers, and R."""
-    ranks = len(packets_RTB)
-    if isinstance(packets_RTB, Tensor):
-        start, (packet_nbytes, row_nbytes, _) = packets_RTB.data_ptr(), packets_RTB.stride()
-        starts = [start + rank * packet_nbytes for rank in range(ranks)]
-        strides = [row_nbytes] * ranks
-    else:
-        starts = [packet_TB.data_ptr() for packet_TB in packets_RTB]
-        strides = [packet_TB.stride()[0] for packet_TB in packets_RTB]
-    return struct.pack(f"={ranks}Q", *starts), struct.pack(f"={ranks}q", *strides), ranks
-
-
-def _demand_cpu(tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"the cpu codec got tensors on {tensor.device}; move them to the CPU or take another backend")
-
-
-def _raise(status: int, *outlier_indices: Tensor | None) -> None:
-    if status == _BAD_OUTLIER_INDEX:
-        given = " or ".join(str(index) for index in outlier_indices if index is not None)
-        raise ValueError(f"outlier_index {given} must be ascending, without repeats, within the features")
-    if status == _NO_MEMORY:
-        raise MemoryError("no memory for the scratch rows of the codec")

@@ -74,6 +74,20 @@ def library() -> ctypes.CDLL:
         *(pointer, *packets, *rows),
         *(pointer, pointer, integer, pointer, pointer, pointer),
     ]
+    library.lowbit_foretell_codes.argtypes = [
+        *(pointer, integer, flag, integer, pointer, pointer, integer, integer, pointer, pointer, pointer)
+    ]
+    library.lowbit_encode_feedback.argtypes = [
+        *(pointer, pointer, integer, flag, integer, pointer, integer, pointer, pointer, pointer, pointer),
+        *(pointer, pointer, integer),
+    ]
+    library.lowbit_requantize_feedback.argtypes = [
+        *(pointer, *packets, *rows),
+        *(pointer, pointer, integer, pointer, pointer, pointer, pointer, pointer, integer),
+    ]
+    library.lowbit_decode_foretold.argtypes = [
+        *(pointer, pointer, integer, integer, pointer, integer, pointer, pointer, pointer, pointer)
+    ]
     library.lowbit_only_plain.argtypes = [flag]
     library.lowbit_only_plain.restype = None
     return library

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lowbit_kernels import Backend, PacketLayout
+from lowbit_kernels.foretell import Share, get_feedback, unsent
 from megatron_lowbit.comm.saturation import SaturationCounter, saturation_limits
 from megatron_lowbit.comm.wire_format import WireFormat
 
@@ -35,6 +36,7 @@ class Codec:
         assert (scale_RD is not None) == self.layout.needs_static, wire_format
         assert (minimum_RD is not None) == self.layout.needs_minimum, wire_format
         self._backend = backend
+        self.feedback = get_feedback(backend)
         self._body_index = body_index if self.layout.outliers else None
         self._outlier_index = outlier_index if self.layout.outliers else None
         self._scale_RD = scale_RD
@@ -117,6 +119,77 @@ class Codec:
             gather_body_index=gather._body_index,
             gather_outlier_index=gather._outlier_index,
             gather_minimum=_row(gather._minimum_RD, 0),
+        )
+
+    def encode_feedback(
+        self,
+        x_TH: torch.Tensor,
+        sender: int,
+        packet_TB: torch.Tensor,
+        share: Share | None,
+        missed_TH: torch.Tensor | None,
+    ) -> None:
+        """The packet of `x - share + missed`, of what is given; `missed_TH` becomes what the packet misses of that."""
+        if share is None and missed_TH is None:
+            self.encode(x_TH, sender, packet_TB)
+            return
+        if self._saturation is not None:
+            limit_H = None if self._limit_RH is None else self._limit_RH[sender]
+            self._saturation.count(unsent(x_TH, share, missed_TH), limit_H)
+        self.feedback.encode_feedback(
+            x_TH,
+            self.layout,
+            packet_TB,
+            share,
+            missed_TH,
+            _row(self._inverse_scale_RD, sender),
+            _row(self._scale_RD, sender),
+            self._body_index,
+            self._outlier_index,
+            _row(self._minimum_RD, sender),
+        )
+
+    def requantize_feedback(
+        self, packets_RTB: Sequence[torch.Tensor], gather: Codec, packet_TB: torch.Tensor, owed_TH: torch.Tensor | None
+    ) -> None:
+        """`requantize` of the sum plus `owed_TH`, which becomes what the packet misses of that; without, as it is."""
+        if owed_TH is None:
+            self.requantize(packets_RTB, gather, packet_TB)
+            return
+        if gather._saturation is not None:
+            limit_H = None if gather._limit_RH is None else gather._limit_RH[0]
+            gather._saturation.count(self.decode_sum(packets_RTB).add_(owed_TH), limit_H)
+        self.feedback.requantize_feedback(
+            packets_RTB,
+            self.layout,
+            packet_TB,
+            gather.layout,
+            owed_TH,
+            self._scale_RD,
+            self._body_index,
+            self._outlier_index,
+            self._minimum_RD,
+            gather_inverse_scale=_row(gather._inverse_scale_RD, 0),
+            gather_scale=_row(gather._scale_RD, 0),
+            gather_body_index=gather._body_index,
+            gather_outlier_index=gather._outlier_index,
+            gather_minimum=_row(gather._minimum_RD, 0),
+        )
+
+    def decode_foretold(self, packet_TB: torch.Tensor, sender: int, out_TH: torch.Tensor, share: Share | None) -> None:
+        """Adds a packet's values to FP32 `out_TH`, then what was foretold, where it is given."""
+        if share is None:
+            self.decode(packet_TB, sender, out_TH, add=True)
+            return
+        self.feedback.decode_foretold(
+            packet_TB,
+            self.layout,
+            out_TH,
+            share,
+            _row(self._scale_RD, sender),
+            self._body_index,
+            self._outlier_index,
+            _row(self._minimum_RD, sender),
         )
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from lowbit_kernels.foretell import Share, unsent
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.constants import LoopLimits
 from megatron_lowbit.comm.exchange import Steps
@@ -100,9 +101,12 @@ class CompensatedAllReduce:
     ) -> torch.Tensor:
         """The FP32 residual `[T, H]` with the sum, or its norm, added in place; bit-identical on every rank."""
         assert not self._loop or isinstance(state, LoopState), state
-        codes_TK = None if self._predictor is None else self._predictor.codes(block_input_TH)
         missed_LTH, owed_TH = state.make(partial_LTH) if self._loop and isinstance(state, LoopState) else (None, None)
-        call = _Call(residual_TH, self._predictor, codes_TK, owed_TH, bias)
+        foretells = None
+        if self._predictor is not None:
+            # the codes of a piece with the piece, so that the first bytes leave early; once for ranks in one process
+            foretells = _Foretelling(self._predictor, block_input_TH, self._codecs[0], at_once=len(self._ranks) > 1)
+        call = _Call(residual_TH, foretells, owed_TH, bias)
         kind = _Steps if post_norm is None else _NormedSteps
         steps = [
             kind(
@@ -117,21 +121,49 @@ class CompensatedAllReduce:
         return residual_TH
 
 
+class _Foretelling:
+    """What a predictor says in one call. `rows` of the message, each encoded before it is reduced or decoded."""
+
+    def __init__(self, predictor: PredictorOnDevice, block_input_TH: torch.Tensor, codec: Codec, at_once: bool) -> None:
+        self._predictor = predictor
+        self._input_TH = block_input_TH
+        self._feedback = codec.feedback
+        self._at_once = at_once
+        if at_once:
+            self._codes_TK = predictor.codes(block_input_TH, self._feedback)
+        else:
+            shape = block_input_TH.shape[0], predictor.offset_K.shape[0]
+            self._codes_TK = torch.empty(shape, dtype=torch.int8, device=block_input_TH.device)
+
+    def of_rank(self, rows: slice, rank: int) -> Share:
+        """Of the partials that `rank` is about to encode."""
+        if not self._at_once:
+            self._codes_TK[rows] = self._predictor.codes(self._input_TH[rows], self._feedback)
+        return self._predictor.share_of_rank(self._codes_TK[rows], rank)
+
+    def of_sum(self, rows: slice) -> Share:
+        return self._predictor.share_of_sum(self._codes_TK[rows])
+
+
 @dataclass
 class _Call:
     """What the ranks of this process share in one call."""
 
     residual_TH: torch.Tensor
-    predictor: PredictorOnDevice | None
-    codes_TK: torch.Tensor | None
+    foretells: _Foretelling | None
     owed_TH: torch.Tensor | None
     bias: torch.Tensor | None
 
+    def share_of_rank(self, rows: slice, rank: int) -> Share | None:
+        return None if self.foretells is None else self.foretells.of_rank(rows, rank)
+
+    def share_of_sum(self, rows: slice) -> Share | None:
+        return None if self.foretells is None else self.foretells.of_sum(rows)
+
     def foretold(self, rows: slice) -> torch.Tensor | None:
         """Of the sum."""
-        if self.predictor is None or self.codes_TK is None:
-            return None
-        return self.predictor.of_sum(self.codes_TK[rows])
+        share = self.share_of_sum(rows)
+        return None if share is None else share.values()
 
     def bias_of(self, rows: slice) -> torch.Tensor | None:
         return self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[rows]
@@ -159,37 +191,18 @@ class _Steps:
         self.decodes = decodes
 
     def encode(self, rows: slice, packet_PB: torch.Tensor) -> None:
-        x_PH = self._unforetold(rows)
-        if self.missed_TH is None:
-            self.reduce_codec.encode(x_PH, self.rank, packet_PB)
-            return
-        x_PH = x_PH.float().add_(self.missed_TH[rows]) if x_PH.dtype != torch.float32 else x_PH + self.missed_TH[rows]
-        self.reduce_codec.encode(x_PH, self.rank, packet_PB)
-        torch.sub(x_PH, self.reduce_codec.decode(packet_PB, self.rank), out=self.missed_TH[rows])
+        missed_PH = None if self.missed_TH is None else self.missed_TH[rows]
+        share = self.call.share_of_rank(rows, self.rank)
+        self.reduce_codec.encode_feedback(self.partial_TH[rows], self.rank, packet_PB, share, missed_PH)
 
     def reduce(self, rows: slice, packets_RSB: Sequence[torch.Tensor], packet_SB: torch.Tensor) -> None:
-        owed_TH = self.call.owed_TH
-        if owed_TH is None:
-            self.reduce_codec.requantize(packets_RSB, self.gather_codec, packet_SB)
-            return
-        sum_SH = self.reduce_codec.decode_sum(packets_RSB).add_(owed_TH[rows])
-        self.gather_codec.encode(sum_SH, 0, packet_SB)
-        torch.sub(sum_SH, self.gather_codec.decode(packet_SB, 0), out=owed_TH[rows])
+        owed_SH = None if self.call.owed_TH is None else self.call.owed_TH[rows]
+        self.reduce_codec.requantize_feedback(packets_RSB, self.gather_codec, packet_SB, owed_SH)
 
     def decode(self, rows: slice, packet_PB: torch.Tensor) -> None:
         if not self.decodes:  # virtual ranks share one residual
             return
-        residual_PH = self.call.residual_TH[rows]
-        self.gather_codec.decode(packet_PB, 0, residual_PH, add=True)
-        foretold_PH = self.call.foretold(rows)
-        if foretold_PH is not None:
-            residual_PH.add_(foretold_PH)
-
-    def _unforetold(self, rows: slice) -> torch.Tensor:
-        """The partials less what is foretold of them."""
-        if self.call.predictor is None or self.call.codes_TK is None:
-            return self.partial_TH[rows]
-        return self.partial_TH[rows].float() - self.call.predictor.of_rank(self.call.codes_TK[rows], self.rank)
+        self.gather_codec.decode_foretold(packet_PB, 0, self.call.residual_TH[rows], self.call.share_of_sum(rows))
 
 
 class _NormedSteps(_Steps):
@@ -216,7 +229,7 @@ class _NormedSteps(_Steps):
         self.unsent_TH: torch.Tensor | None = None if missed_TH is None else torch.empty_like(missed_TH)
 
     def encode(self, rows: slice, packet_PB: torch.Tensor) -> None:
-        x_PH = self._unforetold(rows).float()
+        x_PH = unsent(self.partial_TH[rows], self.call.share_of_rank(rows, self.rank), None).float()
         if self.missed_TH is None or self.limits is None or self.unsent_TH is None:
             self.reduce_codec.encode(x_PH, self.rank, packet_PB)
             return

@@ -1,7 +1,8 @@
 """Predictor: what all ranks foretell of every rank's partial sums from the block's input, so that it need not travel.
 
-A linear map of low rank, calibrated offline. It is computed in whole numbers small enough that FP32 products and sums
-of them are exact in any order: every rank gets the same bits, whatever its matrix kernels, however tokens are sliced.
+A linear map of low rank, calibrated offline. It is computed in whole numbers so small that FP32 products and sums of
+them, and integer instructions, are exact in any order: every rank gets the same bits, whatever its matrix kernels,
+however tokens are sliced.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from lowbit_kernels.foretell import LARGEST_CODE, Coefficients, Feedback, Share, foretell_codes
+
 # Shapes: T tokens, H hidden features, R ranks, K rank of the map.
 
-#: Codes of inputs, of the K numbers in between and of the map's coefficients lie within +- this.
-LARGEST_CODE = 127
+#: Most ranks, whose coefficients together must fit two bytes.
+MOST_RANKS = (2**15 - 1) // LARGEST_CODE
 #: Sums of products stay below this: every whole number up to it is an FP32 value.
 EXACT_BELOW = 2**24
 
@@ -25,6 +28,8 @@ class Predictor:
     input_scale_H: FP32, codes a unit of input. first_HK, second_RKH: coefficients, int8. offset_K, factor_K: FP32; the
     sums of the first product plus the (whole) offset, times the factor, are the codes in between. scale_H: FP32, what a
     unit of the second product's sums is worth. Raises ValueError where sums could leave the exact range.
+
+    Codes of inputs, of the K numbers in between and the coefficients lie within +-127 (`LARGEST_CODE`).
     """
 
     input_scale_H: torch.Tensor
@@ -36,6 +41,10 @@ class Predictor:
 
     def __post_init__(self) -> None:
         ranks, width, _ = self.second_RKH.shape
+        if ranks > MOST_RANKS:
+            raise ValueError(
+                f"a predictor for {ranks} ranks has sums of coefficients beyond 2^15; at most {MOST_RANKS}"
+            )
         largest_first = LARGEST_CODE * self.first_HK.float().abs().sum(dim=0) + self.offset_K.abs()
         if bool((largest_first >= EXACT_BELOW).any()) or ranks * width * LARGEST_CODE**2 >= EXACT_BELOW:
             raise ValueError(
@@ -47,11 +56,11 @@ class Predictor:
         """Ready for products on `device`."""
         return PredictorOnDevice(
             self.input_scale_H.to(device),
-            self.first_HK.to(device).float(),
+            Coefficients(self.first_HK.to(device)),
             self.offset_K.to(device),
             self.factor_K.to(device),
-            self.second_RKH.to(device).float(),
-            self.second_RKH.to(device).float().sum(dim=0),
+            tuple(Coefficients(second_KH) for second_KH in self.second_RKH.to(device)),
+            Coefficients(self.second_RKH.sum(dim=0).to(device, torch.int16)),
             self.scale_H.to(device),
         )
 
@@ -62,27 +71,33 @@ class Predictor:
 
 @dataclass(frozen=True)
 class PredictorOnDevice:
-    """The same with coefficients widened to FP32, and those of the sum beside them."""
+    """The same, with coefficients of each rank and of the sum."""
 
     input_scale_H: torch.Tensor
-    first_HK: torch.Tensor
+    first: Coefficients
     offset_K: torch.Tensor
     factor_K: torch.Tensor
-    second_RKH: torch.Tensor
-    total_KH: torch.Tensor
+    of_ranks: tuple[Coefficients, ...]
+    total: Coefficients
     scale_H: torch.Tensor
 
-    def codes(self, block_input_TH: torch.Tensor) -> torch.Tensor:
-        """FP32 whole numbers `[T, K]`; a row with NaN or Inf gives zeros: what is wrong there travels by itself."""
-        scaled = torch.nan_to_num(block_input_TH.float() * self.input_scale_H, nan=0.0)
-        inputs = scaled.round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
-        sums = (inputs @ self.first_HK).add_(self.offset_K)
-        return sums.mul_(self.factor_K).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
+    def codes(self, block_input_TH: torch.Tensor, feedback: Feedback | None = None) -> torch.Tensor:
+        """Codes int8 `[T, K]`, by torch or by `feedback`; a NaN counts as 0: what is wrong there travels by itself."""
+        compute = foretell_codes if feedback is None else feedback.foretell_codes
+        return compute(block_input_TH, self.input_scale_H, self.first, self.offset_K, self.factor_K)
+
+    def share_of_rank(self, codes_TK: torch.Tensor, rank: int) -> Share:
+        """What is foretold of one rank's partials."""
+        return Share(codes_TK, self.of_ranks[rank], self.scale_H)
+
+    def share_of_sum(self, codes_TK: torch.Tensor) -> Share:
+        """What is foretold of the sum of all ranks."""
+        return Share(codes_TK, self.total, self.scale_H)
 
     def of_rank(self, codes_TK: torch.Tensor, rank: int) -> torch.Tensor:
         """FP32 `[T, H]`: the partial foretold of one rank."""
-        return (codes_TK @ self.second_RKH[rank]).mul_(self.scale_H)
+        return self.share_of_rank(codes_TK, rank).values()
 
     def of_sum(self, codes_TK: torch.Tensor) -> torch.Tensor:
         """FP32 `[T, H]`: the sum foretold of all ranks."""
-        return (codes_TK @ self.total_KH).mul_(self.scale_H)
+        return self.share_of_sum(codes_TK).values()

@@ -1,20 +1,11 @@
-/* The codec for a CPU: encode, decode, decode_sum and requantize, single-threaded, called with ctypes.
+/* The codec for a CPU, single-threaded, called with ctypes: encode, decode, decode_sum and requantize, and what of these
+ * a predictor and a closed loop go with.
  *
- * Bit-identical to reference.py whichever way a row takes: AVX-512 where the processor has it, else the plain C of
+ * Bit-identical to reference.py and foretell.py whichever way a row takes: AVX-512 where the processor has it, else the plain C of
  * encode_row.h and decode_row.h, of which the compiler makes a clone for AVX2. Must be built without -ffast-math.
  */
-#include <stdlib.h>
+#include "feedback.h"
 
-#include "avx512_groups.h"
-#include "avx512_rows.h"
-#include "decode_row.h"
-#include "encode_row.h"
-
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
 #else
@@ -23,18 +14,9 @@
 
 enum { DONE = 0, NO_MEMORY = 1, BAD_OUTLIER_INDEX = 2 };
 
-/* The tests' switch: plain C on every processor. It changes no result. */
-static int only_plain;
-
 EXPORT void lowbit_only_plain(int on) { only_plain = on; }
 
-EXPORT int lowbit_uses_avx512(void) {
-#ifdef HAS_AVX512
-    return !only_plain && runs_avx512();
-#else
-    return 0;
-#endif
-}
+EXPORT int lowbit_uses_avx512(void) { return takes_avx512(); }
 
 /* A bad index would write outside the row, so it is worth one pass over K numbers a call. */
 static int ascending(const Layout *at, const int64_t *index) {
@@ -44,101 +26,6 @@ static int ascending(const Layout *at, const int64_t *index) {
         last = index[k];
     }
     return 1;
-}
-
-static CLONES void encode_plain(EncodePlan *plan, const uint8_t *x, uint8_t *packet) {
-    if (plan->is_bf16) encode_row(plan, x, packet, 1);
-    else encode_row(plan, x, packet, 0);
-}
-
-static CLONES void decode_plain(DecodePlan *plan, const uint8_t *const *rows, float *out, int add) {
-    decode_row(plan, rows, out, add);
-}
-
-typedef struct {
-    EncodePlan plain;
-    int fast;
-#ifdef HAS_AVX512
-    Encode512 wide;
-#endif
-} Encoder;
-
-static void plan_encoder(Encoder *encoder, const Layout *at, Static with, int is_bf16, Arena *from) {
-    plan_encode(&encoder->plain, at, with, is_bf16, from);
-    encoder->fast = at->bits <= 8 && lowbit_uses_avx512();
-#ifdef HAS_AVX512
-    if (encoder->fast) plan_encode512(&encoder->wide, at, with, is_bf16, from);
-#endif
-}
-
-/* Encode T rows. */
-static void run_encoder(Encoder *encoder, const uint8_t *x, int64_t x_row_nbytes, uint8_t *packet,
-                        int64_t packet_row_nbytes, int64_t T) {
-#ifdef HAS_AVX512
-    for (int64_t t = 0; encoder->fast && t < T;) {
-        const Rows rows = {x + t * x_row_nbytes, packet + t * packet_row_nbytes, T - t >= TOGETHER ? TOGETHER : 1,
-                           x_row_nbytes, packet_row_nbytes};
-        const int failed = encode_rows512(&encoder->wide, &rows);
-        for (int64_t q = 0; q < rows.count; q++, t++) {
-            const uint8_t *from = rows.from + q * x_row_nbytes;
-            uint8_t *to = rows.to + q * packet_row_nbytes;
-            if (failed >> q & 1) {
-                encode_plain(&encoder->plain, from, to);
-            } else {
-                finish512(&encoder->wide, to, from);
-            }
-        }
-    }
-    if (encoder->fast) return;
-#endif
-    for (int64_t t = 0; t < T; t++)
-        encode_plain(&encoder->plain, x + t * x_row_nbytes, packet + t * packet_row_nbytes);
-}
-
-typedef struct {
-    DecodePlan plain;
-    int fast;
-    const uint8_t **rows;
-#ifdef HAS_AVX512
-    Decode512 wide;
-#endif
-} Decoder;
-
-static void plan_decoder(Decoder *decoder, const Layout *at, Static with, int64_t R, Arena *from) {
-    decoder->rows = take(from, TOGETHER * R, sizeof(uint8_t *));
-    plan_decode(&decoder->plain, at, with, R, from);
-    decoder->fast = at->bits <= 8 && lowbit_uses_avx512();
-#ifdef HAS_AVX512
-    if (decoder->fast) decoder->fast = plan_decode512(&decoder->wide, at, with, R, from);
-#endif
-    if (from->base && !decoder->fast) prepare_decode(&decoder->plain);
-}
-
-/* Decode rows t to t + T of R packets. */
-static void run_decoder(Decoder *decoder, const uint8_t *const *packets, const int64_t *packet_row_nbytes, int64_t t,
-                        int64_t T, float *out, int64_t out_row_values, int add) {
-    const int64_t R = decoder->plain.R, stop = t + T;
-    for (int64_t count; t < stop; t += count, out += count * out_row_values) {
-        count = least(TOGETHER, stop - t);
-        for (int64_t q = 0; q < count; q++)
-            for (int64_t r = 0; r < R; r++) decoder->rows[q * R + r] = packets[r] + (t + q) * packet_row_nbytes[r];
-#ifdef HAS_AVX512
-        if (decoder->fast) {
-            count = decode_rows512(&decoder->wide, decoder->rows, count, out, out_row_values, add);
-            continue;
-        }
-#endif
-        for (int64_t q = 0; q < count; q++)
-            decode_plain(&decoder->plain, decoder->rows + q * R, out + q * out_row_values, add);
-    }
-}
-
-/* Room for what the arena counted, which starts over in it. Freed by the caller through `room`. */
-static int allocate(Arena *arena, void **room) {
-    *room = malloc((size_t)arena->used + 64);
-    arena->base = *room ? (uint8_t *)*room + (64 - (uintptr_t)*room % 64) : 0;
-    arena->used = 0;
-    return *room != 0;
 }
 
 /* Write x (T rows of fp32 or bf16) into packet. Strides are in bytes. Pointers a layout has no use for may be null. */
@@ -209,6 +96,126 @@ EXPORT int lowbit_requantize(const Layout *at, const uint8_t *const *packets, co
         count = least(together, T - t);
         run_decoder(&decoder, packets, packet_row_nbytes, t, count, sum, at->features, 0);
         run_encoder(&encoder, (const uint8_t *)sum, 4 * at->features, packet, to_row_nbytes, count);
+    }
+    free(room);
+    return DONE;
+}
+
+/* Codes int8 [T, O] of T rows of fp32 or bf16: rounded times `input_scale`, multiplied, plus `offset`, times `factor`. */
+EXPORT int lowbit_foretell_codes(const uint8_t *input, int64_t input_row_nbytes, int is_bf16, int64_t T,
+                                 const float *input_scale, const uint8_t *packed, int64_t H, int64_t K,
+                                 const float *offset, const float *factor, int8_t *codes) {
+    const Matrix first = {packed, H, K, 1};
+    const int64_t apart = (K + BLOCK - 1) / BLOCK * BLOCK;
+    Factors factors;
+    Arena arena = {0, 0};
+    void *room;
+    plan_factors(&factors, first, &arena), take(&arena, ROWS * apart, 4);
+    if (!allocate(&arena, &room)) return NO_MEMORY;
+    plan_factors(&factors, first, &arena);
+    float *sum = take(&arena, ROWS * apart, 4);
+    for (int64_t t = 0, count; t < T; t += count) {
+        count = least(ROWS, T - t);
+        for (int64_t q = 0; q < count; q++)
+            put_values(&factors, q, input + (t + q) * input_row_nbytes, is_bf16, input_scale);
+        multiply_factors(&factors, count, 0, sum, apart);
+        for (int64_t q = 0; q < count; q++, codes += K)
+            for (int64_t k = 0; k < K; k++)
+                codes[k] = (int8_t)whole_code((sum[q * apart + k] + offset[k]) * factor[k]);
+    }
+    free(room);
+    return DONE;
+}
+
+/* lowbit_encode of x, less what is foretold of it, plus `missed`, where these are given; `missed` becomes what the
+ * packet misses of that. At least one of them is given. */
+EXPORT int lowbit_encode_feedback(const Layout *at, const uint8_t *x, int64_t x_row_nbytes, int is_bf16, int64_t T,
+                                  uint8_t *packet, int64_t packet_row_nbytes, const float *inverse_scale,
+                                  const float *scale, const float *minimum, const int64_t *outlier_index,
+                                  const Share *share, float *missed, int64_t missed_row_values) {
+    const Static with = {inverse_scale, minimum, 0, 0, outlier_index};
+    const Static back = {scale, minimum, 0, 0, outlier_index};
+    const int64_t H = at->features;
+    Encoder encoder;
+    Decoder decoder;
+    Feedback feedback;
+    Arena arena = {0, 0};
+    void *room;
+    if (!ascending(at, outlier_index)) return BAD_OUTLIER_INDEX;
+    plan_encoder(&encoder, at, with, 0, &arena), plan_decoder(&decoder, at, back, 1, &arena);
+    plan_feedback(&feedback, share, H, &arena);
+    if (!allocate(&arena, &room)) return NO_MEMORY;
+    plan_encoder(&encoder, at, with, 0, &arena), plan_decoder(&decoder, at, back, 1, &arena);
+    plan_feedback(&feedback, share, H, &arena);
+    for (int64_t t = 0, count; t < T; t += count, packet += count * packet_row_nbytes) {
+        count = least(ROWS, T - t);
+        if (share) foretell_rows(&feedback, t, count, feedback.value);
+        for (int64_t q = 0; q < count; q++)
+            feed_row(feedback.value + q * feedback.apart, x + (t + q) * x_row_nbytes,
+                     missed ? missed + (t + q) * missed_row_values : 0, H, is_bf16, share != 0);
+        run_encoder(&encoder, (const uint8_t *)feedback.value, 4 * feedback.apart, packet, packet_row_nbytes, count);
+        if (missed)
+            keep_missed(&feedback, &decoder, packet, packet_row_nbytes, count, missed + t * missed_row_values,
+                        missed_row_values);
+    }
+    free(room);
+    return DONE;
+}
+
+/* lowbit_requantize of the sum plus `owed`, which becomes what the packet misses of that. */
+EXPORT int lowbit_requantize_feedback(const Layout *at, const uint8_t *const *packets,
+                                      const int64_t *packet_row_nbytes, int64_t R, int64_t T, const float *scale,
+                                      int64_t scale_row, const float *minimum, int64_t minimum_row,
+                                      const int64_t *outlier_index, const Layout *gather, uint8_t *packet,
+                                      int64_t to_row_nbytes, const float *gather_inverse_scale,
+                                      const float *gather_scale, const float *gather_minimum,
+                                      const int64_t *gather_outlier_index, float *owed, int64_t owed_row_values) {
+    const Static with = {scale, minimum, scale_row, minimum_row, outlier_index};
+    const Static gather_with = {gather_inverse_scale, gather_minimum, 0, 0, gather_outlier_index};
+    const Static back = {gather_scale, gather_minimum, 0, 0, gather_outlier_index};
+    Decoder decoder, gather_decoder;
+    Encoder encoder;
+    Feedback feedback;
+    Arena arena = {0, 0};
+    void *room;
+    if (!ascending(at, outlier_index) || !ascending(gather, gather_outlier_index)) return BAD_OUTLIER_INDEX;
+    plan_decoder(&decoder, at, with, R, &arena), plan_encoder(&encoder, gather, gather_with, 0, &arena);
+    plan_decoder(&gather_decoder, gather, back, 1, &arena), plan_feedback(&feedback, 0, at->features, &arena);
+    if (!allocate(&arena, &room)) return NO_MEMORY;
+    plan_decoder(&decoder, at, with, R, &arena), plan_encoder(&encoder, gather, gather_with, 0, &arena);
+    plan_decoder(&gather_decoder, gather, back, 1, &arena), plan_feedback(&feedback, 0, at->features, &arena);
+    for (int64_t t = 0, count; t < T; t += count, packet += count * to_row_nbytes) {
+        count = least(ROWS, T - t);
+        run_decoder(&decoder, packets, packet_row_nbytes, t, count, feedback.value, feedback.apart, 0);
+        for (int64_t q = 0; q < count; q++)
+            add_row(feedback.value + q * feedback.apart, owed + (t + q) * owed_row_values, at->features);
+        run_encoder(&encoder, (const uint8_t *)feedback.value, 4 * feedback.apart, packet, to_row_nbytes, count);
+        keep_missed(&feedback, &gather_decoder, packet, to_row_nbytes, count, owed + t * owed_row_values,
+                    owed_row_values);
+    }
+    free(room);
+    return DONE;
+}
+
+/* Add a packet, then what is foretold, to T rows of out. */
+EXPORT int lowbit_decode_foretold(const Layout *at, const uint8_t *packet, int64_t packet_row_nbytes, int64_t T,
+                                  float *out, int64_t out_row_values, const float *scale, const float *minimum,
+                                  const int64_t *outlier_index, const Share *share) {
+    const Static with = {scale, minimum, 0, 0, outlier_index};
+    Decoder decoder;
+    Feedback feedback;
+    Arena arena = {0, 0};
+    void *room;
+    if (!ascending(at, outlier_index)) return BAD_OUTLIER_INDEX;
+    plan_decoder(&decoder, at, with, 1, &arena), plan_feedback(&feedback, share, at->features, &arena);
+    if (!allocate(&arena, &room)) return NO_MEMORY;
+    plan_decoder(&decoder, at, with, 1, &arena), plan_feedback(&feedback, share, at->features, &arena);
+    for (int64_t t = 0, count; t < T; t += count, out += count * out_row_values) {
+        count = least(ROWS, T - t);
+        foretell_rows(&feedback, t, count, feedback.value);
+        run_decoder(&decoder, &packet, &packet_row_nbytes, t, count, out, out_row_values, 1);
+        for (int64_t q = 0; q < count; q++)
+            add_row(out + q * out_row_values, feedback.value + q * feedback.apart, at->features);
     }
     free(room);
     return DONE;

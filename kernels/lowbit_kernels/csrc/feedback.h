@@ -1,0 +1,85 @@
+/* Rows on their way into and out of packets, with what a predictor foretells and with what packets missed.
+ *
+ * ROWS rows at a time, which stay in the second-level cache from the first step to the last. Bit-identical to
+ * foretell.py: the same FP32 operations in the same order.
+ */
+#ifndef LOWBIT_FEEDBACK_H
+#define LOWBIT_FEEDBACK_H
+
+#include "products.h"
+
+/* What is foretold of T rows: codes times a matrix times `scale`. Field by field as cpu_foretell.py fills it in. */
+typedef struct {
+    const int8_t *codes;
+    int64_t codes_row_nbytes;
+    Matrix matrix;
+    const float *scale;
+} Share;
+
+/* Scratch of one call: ROWS rows of values, apart by `apart`. */
+typedef struct {
+    const Share *share; /* or null */
+    Factors factors;
+    int64_t H, apart;
+    float *value, *arrived;
+} Feedback;
+
+/* Distance of scratch rows: no multiple of a page, or one column of all rows would share a set of the cache. */
+INLINE int64_t apart_of(int64_t H) { return (H + BLOCK - 1) / (2 * BLOCK) * (2 * BLOCK) + BLOCK; }
+
+INLINE void plan_feedback(Feedback *feedback, const Share *share, int64_t H, Arena *from) {
+    feedback->share = share, feedback->H = H, feedback->apart = apart_of(H);
+    if (share) plan_factors(&feedback->factors, share->matrix, from);
+    feedback->value = take(from, ROWS * feedback->apart, 4), feedback->arrived = take(from, ROWS * feedback->apart, 4);
+}
+
+/* Rows t to t + count of what is foretold. */
+static void foretell_rows(Feedback *feedback, int64_t t, int64_t count, float *out) {
+    const Share *share = feedback->share;
+    for (int64_t q = 0; q < count; q++)
+        put_codes(&feedback->factors, q, share->codes + (t + q) * share->codes_row_nbytes);
+    multiply_factors(&feedback->factors, count, share->scale, out, feedback->apart);
+}
+
+/* value = x - value + missed, without the middle one where there is no share. */
+INLINE void feed(float *restrict value, const uint8_t *restrict x, const float *restrict missed, int64_t n,
+                 const int is_bf16, const int has_share, const int has_missed) {
+    for (int64_t i = 0; i < n; i++) {
+        float v = as_float(element_bits(x, i, is_bf16));
+        if (has_share) v = v - value[i];
+        if (has_missed) v = v + missed[i];
+        value[i] = v;
+    }
+}
+
+static CLONES void feed_row(float *value, const uint8_t *x, const float *missed, int64_t n, int is_bf16,
+                            int has_share) {
+    if (is_bf16) {
+        if (has_share && missed) feed(value, x, missed, n, 1, 1, 1);
+        else if (has_share) feed(value, x, missed, n, 1, 1, 0);
+        else feed(value, x, missed, n, 1, 0, 1);
+    } else {
+        if (has_share && missed) feed(value, x, missed, n, 0, 1, 1);
+        else if (has_share) feed(value, x, missed, n, 0, 1, 0);
+        else feed(value, x, missed, n, 0, 0, 1);
+    }
+}
+
+static CLONES void add_row(float *restrict to, const float *restrict from, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to[i] += from[i];
+}
+
+static CLONES void subtract_rows(float *restrict to, const float *restrict a, const float *restrict b, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to[i] = a[i] - b[i];
+}
+
+/* What a packet of `count` rows of `value` misses of them. */
+static void keep_missed(Feedback *feedback, Decoder *decoder, const uint8_t *packet, int64_t packet_row_nbytes,
+                        int64_t count, float *missed, int64_t missed_row_values) {
+    run_decoder(decoder, &packet, &packet_row_nbytes, 0, count, feedback->arrived, feedback->apart, 0);
+    for (int64_t q = 0; q < count; q++)
+        subtract_rows(missed + q * missed_row_values, feedback->value + q * feedback->apart,
+                      feedback->arrived + q * feedback->apart, feedback->H);
+}
+
+#endif
