@@ -21,6 +21,8 @@ ATTEMPTS = 4
 CLOSE = 0.85
 #: Of the sequences to search with, so many measure the errors of formats: those vary little from text to text.
 ERROR_SEQUENCES = 2
+#: Of each sequence to search with: passes over more tell little more.
+SEARCH_TOKENS = 256
 
 Progress = Callable[[int, int], None]
 #: Shows a step of the search by name, and what is done of it.
@@ -101,6 +103,7 @@ def tune_scheme(
     context.together(lambda: calibration.check_fits(weights.fingerprint, context.size, "file"))
     options = "" if portable else COMPENSATED
     formats = candidates(hidden)
+    search = [sequence[:SEARCH_TOKENS] for sequence in search]
     # what compensates sends a row's root mean square along with the sum, where a norm follows
     extra = 8 / hidden if weights.config.post_norms and not portable else 0.0
     with steps("measuring formats (sequences)") as progress:
