@@ -13,7 +13,7 @@ from megatron_lowbit.comm.wire_format import WireFormat
 
 ONE_STAGE = "one-stage"
 #: Where a name says `predict` alone.
-PREDICTOR_RANK = 32
+PREDICTOR_RANK = 64
 
 
 @dataclass(frozen=True)

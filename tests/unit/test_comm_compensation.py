@@ -151,4 +151,4 @@ def test_what_needs_more_than_partials_says_so():
     for name in ("int4-g64:loop", "int4-g64:predict", "int4-g64:predict=8:loop"):
         scheme = parse_scheme(name)
         assert not scheme.portable and scheme.needs_calibration
-    assert parse_scheme("int4-g64:predict").predictor_rank == 32
+    assert parse_scheme("int4-g64:predict").predictor_rank == 64
