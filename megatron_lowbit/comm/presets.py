@@ -8,15 +8,6 @@ from __future__ import annotations
 #: use them; the others also foretell partial sums from the block's input, and make up at the next sync point for what
 #: encoders missed. Chosen by KL on SmolLM2 135M and Gemma 3 270M (benchmarks/README.md), where groups of 40 with
 #: one-byte scales beat groups of 64 with 16-bit ones.
-PRESETS: schemes by what they are for. They need a calibration, and nothing to be searched."""
-
-from __future__ import annotations
-
-#: `balanced` sends at most 4.25 bits a value, `small` at most 3.25, in the mean over both stages, for every width that is
-#: a multiple of 64 from 640 on, and 512 and 576 where no norm follows the sums (rows of odd widths are padded and groups
-#: do not fill them: up to 0.05 bits more). The portable ones need partial sums alone, so that other engines can use them; the others also
-#: foretell partial sums from the block's input, and make up at the next sync point for what encoders missed. Chosen by
-#: KL on SmolLM2 135M and Gemma 3 270M (benchmarks/README.md): groups of 40 with one-byte scales beat 64 with 16-bit ones.
 PRESETS: dict[str, str] = {
     "balanced": "int4-g40-e4m3-prescaled:predict=64:loop",
     "small": "int3-g40-e4m3-prescaled:predict=64:loop",
