@@ -15,23 +15,25 @@ typedef struct {
     int64_t inputs, outputs, width;
 } Matrix;
 
-/* Codes of up to ROWS rows as the products take them: `chunks` words of 4 / width codes each. */
+/* Codes of up to ROWS rows as the products take them: `chunks` words of 4 / width codes each. Rows are an odd number of
+ * cache lines apart: were it a page, one column of all rows would share a set of the cache. */
 typedef struct {
     Matrix of;
-    int64_t chunks;
-    uint32_t *word;      /* [ROWS, chunks] */
+    int64_t chunks, apart;
+    uint32_t *word;      /* [ROWS, apart] */
     int32_t start[ROWS]; /* what the 128 in every coefficient adds, taken away */
 } Factors;
 
 INLINE void plan_factors(Factors *factors, Matrix of, Arena *from) {
     factors->of = of;
     factors->chunks = (of.inputs * of.width + 3) / 4;
-    factors->word = take(from, ROWS * factors->chunks, 4);
+    factors->apart = (factors->chunks + 31) / 32 * 32 + 16;
+    factors->word = take(from, ROWS * factors->apart, 4);
 }
 
 /* What the products of row q start with, once its codes of one byte are there. */
 INLINE void start_bytes(Factors *factors, int64_t q) {
-    const int8_t *codes = (const int8_t *)(factors->word + q * factors->chunks);
+    const int8_t *codes = (const int8_t *)(factors->word + q * factors->apart);
     int32_t sum = 0;
     for (int64_t i = 0; i < 4 * factors->chunks; i++) sum += codes[i];
     factors->start[q] = -128 * sum;
@@ -39,7 +41,7 @@ INLINE void start_bytes(Factors *factors, int64_t q) {
 
 /* Take a row of codes as row q. */
 INLINE void put_codes(Factors *factors, int64_t q, const int8_t *codes) {
-    uint8_t *to = (uint8_t *)(factors->word + q * factors->chunks);
+    uint8_t *to = (uint8_t *)(factors->word + q * factors->apart);
     const int64_t n = factors->of.inputs;
     memset(to, 0, (size_t)(4 * factors->chunks));
     if (factors->of.width == 1) {
@@ -54,7 +56,7 @@ INLINE void put_codes(Factors *factors, int64_t q, const int8_t *codes) {
 /* Sums of a tile's 16 outputs for one row. */
 INLINE void sums_plain(const Factors *factors, const uint8_t *tile, int64_t q, const int width,
                        int32_t *restrict sum) {
-    const uint8_t *word = (const uint8_t *)(factors->word + q * factors->chunks);
+    const uint8_t *word = (const uint8_t *)(factors->word + q * factors->apart);
     for (int o = 0; o < OUTPUTS; o++) sum[o] = factors->start[q];
     for (int64_t c = 0; c < factors->chunks; c++, tile += 64, word += 4) {
         for (int o = 0; o < OUTPUTS; o++) {
@@ -96,7 +98,7 @@ static inline __attribute__((always_inline)) VNNI void multiply_rows(
     int64_t out_row_values) {
     const int64_t O = factors->of.outputs, chunks = factors->chunks;
     const uint8_t *tile = factors->of.packed;
-    const uint32_t *word = factors->word + q * chunks;
+    const uint32_t *word = factors->word + q * factors->apart;
     for (int64_t first = 0; first < O; first += OUTPUTS) {
         const __mmask16 here = first16(O - first);
         __m512i sum[ROWS];
@@ -106,7 +108,7 @@ static inline __attribute__((always_inline)) VNNI void multiply_rows(
             const __m512i coefficients = _mm512_loadu_si512(tile);
 #pragma GCC unroll 8
             for (int r = 0; r < count; r++) {
-                const __m512i codes = _mm512_set1_epi32((int)word[r * chunks + c]);
+                const __m512i codes = _mm512_set1_epi32((int)word[r * factors->apart + c]);
                 sum[r] = width == 1 ? _mm512_dpbusd_epi32(sum[r], coefficients, codes)
                                     : _mm512_dpwssd_epi32(sum[r], coefficients, codes);
             }
@@ -168,10 +170,44 @@ static CLONES void make_row_codes(int8_t *restrict codes, const uint8_t *restric
             codes[i] = (int8_t)(int32_t)whole_code(as_float(element_bits(row, i, 0)) * scale[i]);
 }
 
+#ifdef HAS_AVX512
+/* The same, and the sum of them. Writes zeros to the end of a vector. */
+VECTOR int32_t codes_and_sum512(int8_t *codes, const uint8_t *row, const int is_bf16, const float *scale, int64_t n) {
+    const __m512 most = _mm512_set1_ps(127.0f), least_code = _mm512_set1_ps(-127.0f);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 here = first16(n - i);
+        __m512 x;
+        if (is_bf16) {
+            const __m256i bits = _mm256_maskz_loadu_epi16(here, row + 2 * i);
+            x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        } else {
+            x = _mm512_maskz_loadu_ps(here, row + 4 * i);
+        }
+        x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(here, scale + i));
+        const __mmask16 numbers = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+        const __m512i code = _mm512_maskz_cvtps_epi32(numbers, _mm512_max_ps(_mm512_min_ps(x, most), least_code));
+        sum = _mm512_add_epi32(sum, code);
+        _mm_storeu_si128((__m128i *)(codes + i), _mm512_cvtepi32_epi8(code));
+    }
+    return _mm512_reduce_add_epi32(sum);
+}
+
+AVX512 static int32_t make_row_codes512(int8_t *codes, const uint8_t *row, int is_bf16, const float *scale, int64_t n) {
+    return is_bf16 ? codes_and_sum512(codes, row, 1, scale, n) : codes_and_sum512(codes, row, 0, scale, n);
+}
+#endif
+
 /* A row of values times `scale` as codes of row q. */
 static void put_values(Factors *factors, int64_t q, const uint8_t *row, int is_bf16, const float *scale) {
-    int8_t *codes = (int8_t *)(factors->word + q * factors->chunks);
+    int8_t *codes = (int8_t *)(factors->word + q * factors->apart);
     const int64_t n = factors->of.inputs;
+#ifdef HAS_AVX512
+    if (takes_avx512()) {
+        factors->start[q] = -128 * make_row_codes512(codes, row, is_bf16, scale, n);
+        return;
+    }
+#endif
     memset(codes + n, 0, (size_t)(4 * factors->chunks - n));
     make_row_codes(codes, row, is_bf16, scale, n);
     start_bytes(factors, q);
