@@ -10,7 +10,7 @@ from megatron_lowbit.comm.format_names import OUTLIER_DIVISOR, parse_format
 from megatron_lowbit.comm.wire_format import WireFormat
 
 BITS = range(2, 9)
-GROUPS = (32, 64, 128)
+GROUPS = (32, 40, 64, 128)
 #: A sync point's stage: its name, and 0 for reduce or 1 for gather.
 Site = tuple[str, int]
 
