@@ -131,6 +131,7 @@ def test_evaluate_and_llm_use_its_calibration(tiny_models, tmp_path):
     TunedScheme("any", BASE + ":predict:loop", formats, ORIGIN, own).save(tmp_path / "tuned.safetensors")
     tuned = TunedScheme.load(tmp_path / "tuned.safetensors")
 
+    assert tuned.scheme.loop and tuned.scheme.predictor_rank  # they are the base's
     rows = evaluate(weights, [BASE, tuned], windows, other)
     assert [row.scheme for row in rows] == [BASE, "tuned.safetensors"]
     expected = evaluate(weights, [tuned.scheme], windows, own)[0]

@@ -53,13 +53,14 @@ def random_damages(seed: int, sites: int, formats: int) -> tuple[dict, list[floa
     return damages, bits
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(12))
 def test_nothing_that_costs_as_little_is_better(seed):
     """Against all combinations: what greedy upgrades leave on the table is less than the last one that did not fit."""
     damages, bits = random_damages(seed, sites=4, formats=6)
     budget = 4.5
     chosen = choose(damages, bits, budget)
     assert chosen.mean_bits <= budget
+    assert chosen.mean_bits == pytest.approx(sum(bits[index] for index in chosen.formats.values()) / len(damages))
     assert chosen.damage == pytest.approx(sum(damages[site][index] for site, index in chosen.formats.items()))
     same_cost = []
     for indices in itertools.product(range(len(bits)), repeat=len(damages)):
@@ -243,6 +244,19 @@ def test_a_kl_limit_is_kept_to(weights, calibration):
     assert evaluate(weights, [coarse], WINDOWS[4:], calibration)[0].kl_mean > limit  # it was no empty wish
     with pytest.raises(ValueError, match="no scheme of 2 to 8 bits"):
         tune_scheme(weights, calibration, WINDOWS[:3], WINDOWS[4:], Goal(max_kl=1e-9), silently)
+
+
+def test_a_hopeful_expectation_is_corrected(weights, calibration, monkeypatch):
+    """Where points cost ten times what the search was told, its first scheme misses the limit: it must try again."""
+    from megatron_lowbit import scheme_tuning
+
+    def hopeful(*args, **kwargs):
+        found = sensitivities(*args, **kwargs)
+        return replace(found, of_points={name: each / 10 for name, each in found.of_points.items()})
+
+    monkeypatch.setattr(scheme_tuning, "sensitivities", hopeful)
+    tuned = tune_scheme(weights, calibration, WINDOWS[:3], WINDOWS[4:], Goal(max_kl=0.02), silently)
+    assert tuned.scheme.origin.kl <= 0.02
 
 
 def test_one_rank_has_nothing_to_tune(weights, calibration):
