@@ -50,7 +50,8 @@ def verdict_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
             worst = grade_of(row["kl_high"], row["perplexity_change_high"] if shown else 0.0)
         sentences = [_agreement(row), _perplexity(row), _grading(grade, worst)]
         sentences += _decode(by_part.get(("decode", scheme), []))
-        sentences += _generation(by_part.get(("generation", scheme), []))
+        usual = None if scheme == "bf16" else next(iter(by_part.get(("generation", "bf16"), [])), None)
+        sentences += _generation(by_part.get(("generation", scheme), []), usual)
         found.append(
             {
                 "part": "verdict",
@@ -108,14 +109,20 @@ def _decode(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _generation(rows: Sequence[Row]) -> list[str]:
+def _generation(rows: Sequence[Row], usual: Row | None) -> list[str]:
+    """usual: the row of 16 bits, whose texts part from the exact ones too."""
+    beside = ""
+    if usual is not None:
+        at = usual["median_diverged_at"]
+        when = f"after {usual['new_tokens']}" if at is None else f"by token {at + 1}"
+        beside = f" (with bf16, {when})"
     sentences = []
     for row in rows:
         at = row["median_diverged_at"]
         if at is None:
             sentences.append(f"At least half of the greedy texts equal the exact ones for {row['new_tokens']} tokens.")
         else:
-            sentences.append(f"Half of the greedy texts differ from the exact ones by token {at + 1}.")
+            sentences.append(f"Half of the greedy texts differ from the exact ones by token {at + 1}{beside}.")
         if row["repetition"] > row["exact_repetition"] + 0.1:
             sentences.append(
                 f"They repeat themselves more ({percent(row['repetition'], sign=False)} of 4-grams, exact "

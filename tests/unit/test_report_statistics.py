@@ -114,7 +114,12 @@ def test_a_verdict_mentions_decoding_and_texts_where_they_are_worse():
     }  # fmt: skip
     (verdict,) = verdict_rows([quality_row(), decode, texts])
     assert "(32 at once) KL is 3.0 times" in verdict["text"]
-    assert "by token 10." in verdict["text"] and "50.0 % of 4-grams, exact 10.0 %" in verdict["text"]
+    assert "by token 10." in verdict["text"]
+    usual = texts | {"scheme": "bf16", "median_diverged_at": 12}
+    assert "by token 10 (with bf16, by token 13)." in verdict_rows([quality_row(), texts, usual])[0]["text"]
+    usual |= {"median_diverged_at": None}
+    assert "by token 10 (with bf16, after 64)." in verdict_rows([quality_row(), texts, usual])[0]["text"]
+    assert "50.0 % of 4-grams, exact 10.0 %" in verdict["text"]
     alike = [decode | {"kl_low": 0.015}, texts | {"median_diverged_at": None, "repetition": 0.12}]
     (verdict,) = verdict_rows([quality_row(), *alike])
     assert "at once" not in verdict["text"] and "repeat" not in verdict["text"]
