@@ -10,8 +10,9 @@ import pytest
 from helpers.command_line import HIDDEN, LAYERS, Workshop, call, errors
 
 from lowbit_tools.report_page import report_page
+from megatron_lowbit.comm.presets import PRESETS
 
-SCHEMES = ["bf16", "int4-outlier", "int4-g64-prescaled:predict:loop"]
+SCHEMES = ["bf16", "int4-outlier", "balanced-portable"]
 SIZES = ["--windows", 3, "--length", 48, "--lengths", 24, "--decode-batches", "1,3", "--decode-positions", 8]
 SIZES += ["--layer-windows", 1, "--prompts", 3, "--new-tokens", 6]
 
@@ -38,6 +39,7 @@ def test_it_names_its_conditions(reports: dict[str, dict[str, Any]], workshop: W
     assert (facts["model"], facts["tp"], facts["virtual_ranks"], facts["dtype"]) == ("tp2", 2, False, "fp32")
     assert (facts["windows"], facts["length"], facts["hidden"], facts["layers"]) == (3, 48, HIDDEN, LAYERS)
     assert facts["calibration_sequences"] == 20
+    assert facts["schemes"] == [*SCHEMES[:2], f"balanced-portable = {PRESETS['balanced-portable']}"]
 
 
 def test_real_ranks_measure_what_virtual_ones_do(reports: dict[str, dict[str, Any]]) -> None:

@@ -160,7 +160,16 @@ def test_pictures_of_nothing_and_of_one_value():
 
 @pytest.mark.parametrize(
     "value, shown",
-    [(0.0, "0"), (None, "–"), (0.1234, "0.12"), (1.25, "1.2"), (12.3, "12"), (0.00034, "0.00034"), (2.8e-6, "2.8e-06")],
+    [
+        (0.0, "0"),
+        (None, "–"),
+        (0.1234, "0.12"),
+        (1.25, "1.2"),
+        (12.3, "12"),
+        (0.0999, "0.10"),
+        (0.00034, "0.00034"),
+        (2.8e-6, "2.8e-06"),
+    ],
 )
 def test_numbers_have_two_digits(value, shown):
     assert number(value) == shown

@@ -40,7 +40,7 @@ def layers(parts: Parts) -> str:
     windows, length = parts.facts["layer_windows"], parts.facts["length"]
     html.append(
         note(
-            f"Mean over the tokens of {windows} windows of {length}, each token weighing alike, in the scheme's own "
+            f"Mean over the tokens of {windows} window(s) of {length}, each token weighing alike, in the scheme's own "
             "pass: what a sync point adds to the residual, less what the unrounded sum of the same partial sums would "
             "have added, squared and summed over features, over the square of the latter. Schemes that close a loop "
             "deliberately add what earlier sync points missed, which counts as error here and pays in the third "

@@ -66,4 +66,5 @@ def _interval(low: str, high: str) -> str:
 
 
 def _magnitude(value: float) -> int:
-    return int(f"{value:e}".split("e")[1])
+    """Power of ten of the first digit, once rounded to two."""
+    return int(f"{value:.1e}".split("e")[1])

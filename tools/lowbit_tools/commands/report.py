@@ -11,7 +11,10 @@ from rich.table import Table
 from lowbit_tools import local_ranks, model_arguments, output
 from lowbit_tools.demo_text import demo_text
 from lowbit_tools.report_page import report_page
+from megatron_lowbit.calibration.scheme_file import TunedScheme
 from megatron_lowbit.calibration_run import text_digest
+from megatron_lowbit.comm.presets import PRESETS
+from megatron_lowbit.comm.schemes import CommScheme
 from megatron_lowbit.files import replacing
 from megatron_lowbit.quality_report import PARTS, Report, ReportSettings
 from megatron_lowbit.windows import text_windows
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
         context, model=args.model.resolve().name, fingerprint=weights.fingerprint,
         dtype=model_arguments.dtype_name(weights), hidden=weights.config.hidden_size, layers=weights.config.num_layers,
         text=args.text.name if args.text else what, text_sha256=text_digest(text),
+        schemes=[_spelled_out(scheme) for scheme in schemes],
         windows=len(windows(settings.windows, settings.length)), length=settings.length, parts=sorted(settings.parts),
         layer_windows=settings.layer_windows, prompt_tokens=settings.prompt_tokens,
         calibration_sequences=calibration.sequences if calibration else None,
@@ -90,6 +94,11 @@ def run(args: argparse.Namespace) -> None:
     screen.print(f"page: {args.out}")
     output.write_json(args.json, context, facts, rows)
     context.close()
+
+
+def _spelled_out(scheme: CommScheme | TunedScheme) -> str:
+    """With what a preset's name stands for: presets may change, pages are kept."""
+    return f"{scheme.name} = {PRESETS[scheme.name]}" if scheme.name in PRESETS else scheme.name
 
 
 def _settings(args: argparse.Namespace) -> ReportSettings:
