@@ -61,7 +61,7 @@ def _with_added(tokenizer: tokenizers.Tokenizer, path) -> Tokenizer:
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.add_tokens(["<tool>"])
     tokenizer.save(str(path))
-    return Tokenizer(JsonBackend(path, {}), {}, [], None)
+    return Tokenizer(JsonBackend(path.read_text(encoding="utf-8"), path, {}), {}, [], None)
 
 
 BUILDERS = [sentencepiece_tokenizer, byte_level_tokenizer, byte_fallback_tokenizer]
