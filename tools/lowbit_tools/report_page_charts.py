@@ -260,10 +260,10 @@ def _dash(style: int) -> str:
 
 
 def _svg(title: str, height: int, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}" class="chart">'
-        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
-    )
+    size = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}"'
+    body = "".join(parts)
+    # scrolls by itself on a narrow screen, where its text would be too small
+    return f'<div class="scroll"><svg {size} class="chart"><title>{escape(title)}</title>{body}</svg></div>'
 
 
 def _png(values: numpy.ndarray, low: float, high: float) -> str:

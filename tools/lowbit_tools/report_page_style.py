@@ -59,7 +59,7 @@ summary { cursor: pointer; color: var(--soft); font-size: 0.9rem; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 20px; padding: 0; margin: 10px 0 2px; }
 .legend { font-size: 0.86rem; }
 .legend li { display: flex; align-items: center; gap: 7px; }
-.chart { display: block; width: 100%; height: auto; margin: 4px 0 8px; }
+.chart { display: block; width: 100%; min-width: 560px; height: auto; }
 .chart text { font-size: 12px; fill: var(--ink); }
 .chart .tick { fill: var(--soft); font-size: 11.5px; }
 .chart .label { fill: var(--soft); font-size: 12.5px; }
