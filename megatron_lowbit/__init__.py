@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from megatron_lowbit.llm import LLM, Completion, TextEvent
     from megatron_lowbit.parallel import CommunicationError, ParallelContext, RankError
     from megatron_lowbit.sampling import SamplingParams
+    from megatron_lowbit.task_evaluation import TaskRow, evaluate_tasks
+    from megatron_lowbit.task_questions import read_task
     from megatron_lowbit.tokenizer import Tokenizer
     from megatron_lowbit.weights import ModelWeights, load_weights
     from megatron_lowbit.windows import text_windows
@@ -33,12 +35,15 @@ _HOME = {
     "ParallelContext": "parallel",
     "RankError": "parallel",
     "SamplingParams": "sampling",
+    "TaskRow": "task_evaluation",
     "TextEvent": "llm",
     "Tokenizer": "tokenizer",
     "calibrate": "calibration_run",
     "evaluate": "evaluation",
+    "evaluate_tasks": "task_evaluation",
     "load_weights": "weights",
     "parse_scheme": "comm.schemes",
+    "read_task": "task_questions",
     "text_windows": "windows",
 }
 
@@ -54,12 +59,15 @@ __all__ = [
     "ParallelContext",
     "RankError",
     "SamplingParams",
+    "TaskRow",
     "TextEvent",
     "Tokenizer",
     "calibrate",
     "evaluate",
+    "evaluate_tasks",
     "load_weights",
     "parse_scheme",
+    "read_task",
     "text_windows",
 ]
 

@@ -126,16 +126,7 @@ def evaluate(
         decode.check(len(windows), len(windows[0]) if windows else 0)
     exact = parse_scheme("exact")
     # `exact` is always run first: it is the reference, whether a row was asked for or not
-    calibrated = {exact.name: (exact, calibration)}
-    parsed = []
-    for given in schemes:
-        scheme = given.scheme if isinstance(given, TunedScheme) else given
-        scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-        own = given.calibration if isinstance(given, TunedScheme) else calibration
-        known, its_calibration = calibrated.setdefault(scheme.name, (scheme, own))
-        if known != scheme or its_calibration is not own:
-            raise ValueError(f"two different schemes are called {scheme.name!r}; rename one of the files")
-        parsed.append(scheme)
+    parsed, calibrated = calibrated_schemes(exact.name, schemes, calibration)
     runs = [scheme for scheme, _ in calibrated.values()]
     tallies = {scheme.name: _Tally() for scheme in runs}
     models = {
@@ -168,6 +159,27 @@ def evaluate(
                     progress(done, total)
     base = tallies[exact.name]
     return [_row(weights, scheme, tallies[scheme.name], base, decode) for scheme in parsed]
+
+
+def calibrated_schemes(
+    reference: str, schemes: Sequence[str | CommScheme | TunedScheme], calibration: CommCalibration | None
+) -> tuple[list[CommScheme], dict[str, tuple[CommScheme, CommCalibration | None]]]:
+    """The schemes as asked for, and by name, the `reference` first, those to run with the calibration of each.
+
+    calibration: of those that bring none. Raises ValueError for an unknown scheme, or different ones of one name.
+    """
+    first = parse_scheme(reference)
+    calibrated = {first.name: (first, calibration)}
+    parsed = []
+    for given in schemes:
+        scheme = given.scheme if isinstance(given, TunedScheme) else given
+        scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        own = given.calibration if isinstance(given, TunedScheme) else calibration
+        known, its_calibration = calibrated.setdefault(scheme.name, (scheme, own))
+        if known != scheme or its_calibration is not own:
+            raise ValueError(f"two different schemes are called {scheme.name!r}; rename one of the files")
+        parsed.append(scheme)
+    return parsed, calibrated
 
 
 def _passes(

@@ -17,6 +17,7 @@ from lowbit_tools.commands import (
     calibrate,
     convert,
     demo,
+    eval_tasks,
     evaluate,
     export,
     generate,
@@ -30,8 +31,8 @@ from lowbit_tools.commands import (
 from megatron_lowbit.parallel import CommunicationError, RankError
 
 COMMANDS = (
-    convert, reshard, export, verify, calibrate, tune_scheme, generate, evaluate, report, bench, bench_model, tune,
-    plan, demo,
+    convert, reshard, export, verify, calibrate, tune_scheme, generate, evaluate, eval_tasks, report, bench,
+    bench_model, tune, plan, demo,
 )  # fmt: skip
 USER_ERROR = 2
 
