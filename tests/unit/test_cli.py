@@ -29,6 +29,7 @@ FLAGS = {
     "generate": "--prompt --scheme --calibration --max-new-tokens --temperature --top-k --top-p --seed --stop --chat "
     f"--policy --stats {MODEL_FLAGS}",
     "eval": f"--text --schemes --calibration --windows --length --path --batch --decode-tokens {MODEL_FLAGS}",
+    "eval-tasks": f"--tasks --schemes --calibration --limit --answer-prefix {MODEL_FLAGS}",
     "report": "--text --schemes --calibration --out --parts --windows --length --lengths --decode-batches "
     f"--decode-positions --layer-windows --prompts --new-tokens {MODEL_FLAGS}",
     "bench": "what --tokens --hidden --schemes --rounds --backend --policy --piece-kib --link --tp --device --json",
@@ -43,6 +44,7 @@ DEFAULTS = {
     "calibrate M C": dict(sequences=256, length=512, text=None),
     "generate M --prompt x": dict(scheme="bf16", max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0, chat=False),
     "eval M --schemes bf16": dict(windows=32, length=512, text=None, calibration=None),
+    "eval-tasks M --tasks T --schemes bf16": dict(limit=None, calibration=None, answer_prefix="Answer:"),
     "report M --schemes bf16": dict(windows=32, length=512, lengths="128,2048", decode_batches="1,32", prompts=50),
     "bench all-reduce": dict(tokens="1,16,128,1024", hidden=4096, policy="auto", piece_kib=0, link=None),
     "bench-model M": dict(
@@ -103,6 +105,11 @@ WRONG = {
     "eval M --schemes bf16 --path decode --batch 0": "--batch is 0",
     "eval M --schemes bf16 --window 3": "--window",  # half a name would stop working once a second flag begins alike
     "eval nowhere --schemes bf16": "nowhere",
+    "eval-tasks M --schemes bf16": "--tasks",
+    "eval-tasks M --tasks nowhere.jsonl": "--schemes",
+    "eval-tasks M --tasks nowhere.jsonl --schemes bf16": "nowhere.jsonl not found",
+    "eval-tasks M --tasks nowhere.jsonl --schemes bf16 --limit 0": "--limit is 0",
+    "eval-tasks M --tasks nowhere.jsonl --schemes int9": "unknown scheme 'int9'",
     "report M": "--schemes",
     "report M --schemes bf16 --parts speed": "allowed: quality, lengths",
     "report M --schemes bf16 --lengths 128,x": "--lengths is '128,x'",

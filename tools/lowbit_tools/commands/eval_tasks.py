@@ -95,8 +95,8 @@ def task_table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> T
     speed = sum(row["tokens"] for row in passed) / sum(row["tokens"] / row["tokens_per_s"] for row in passed)
     caption = (
         f"{facts['model']}, {facts['dtype']}, {ranks}; 95 % intervals over questions, paired; nats: log-likelihood of "
-        f"the right answer; {speed:,.0f} tokens/s, {facts['device']}, {facts['threads_per_rank']} thread(s) a rank, torch "
-        f"{facts['torch']}"
+        f"the right answer; {speed:,.0f} tokens/s, {facts['device']}, {facts['threads_per_rank']} thread(s) a rank, "
+        f"torch {facts['torch']}"
     )
     return output.table(f"Answers beside those of {BASELINE}", rows, columns, caption)
 
