@@ -125,14 +125,15 @@ def scored_sequences(
     """A sequence for each answer, in the order of the questions.
 
     Prompt, one blank and answer are encoded as one text, behind a BOS where the tokenizer adds one: no blank where
-    either side has white space there already. A prompt that ends in a line break asks for an answer on a line of its
+    either side has white space there already. A query that ends in a line break asks for an answer on a line of its
     own, which then begins with `answer_prefix`. Scored are the tokens behind those that this text and its prompt have
     in common from the start: all of the answer's, and where a token spans the border, that token too.
     ValueError where a sequence has more than `max_tokens`, or no token before the answer's.
     """
     sequences = []
     for number, question in enumerate(task.questions):
-        prompt = question.prompt + (answer_prefix if question.prompt.endswith("\n") else "")
+        asks_below = task.kind == MULTIPLE_CHOICE and question.prompt.endswith("\n")
+        prompt = question.prompt + (answer_prefix if asks_below else "")
         before = tokenizer.encode(prompt)
         for index, answer in enumerate(question.answers):
             blank = "" if prompt[-1].isspace() or answer[0].isspace() else " "

@@ -91,12 +91,16 @@ def test_answers_are_joined_by_one_blank_and_all_of_their_tokens_are_scored(tmp_
     assert last("they found", " a key") == [" a", " key"]
     assert last("they found ", "a key") == [" a", " key"]  # the prompt's last blank is part of the answer's token
     assert last("they found", "\ta key") == [" found\ta", " key"]  # a token over the border is scored as a whole
-    # a line break asks for an answer on a line of its own
-    assert last("What?\n", "a key") == [" a", " key"]
+    assert last("Say what?\n", "a key") == [" what?\na", " key"]  # the text goes on
+
+
+def test_a_query_that_ends_in_a_line_break_gets_a_line_for_its_answer(tmp_path):
+    task = task_of(tmp_path, {"query": "Say what?\n", "choices": ["a", "a key"], "gold": 1})
     words = Words()
-    (one,) = scored_sequences(words, task_of(tmp_path, {"context": "Say what?\n", "continuation": "a"}), 100)
-    assert [words.known[token] for token in one.tokens] == ["Say", " what?\nAnswer:", " a"]
-    assert last("Say what?\n", "a key", answer_prefix="") == [" what?\na", " key"]
+    found = scored_sequences(words, task, 100)
+    assert [words.known[token] for token in found[1].tokens] == ["Say", " what?\nAnswer:", " a", " key"]
+    assert words.scored(task) == [[" a"], [" a", " key"]]
+    assert words.scored(task, answer_prefix="") == [[" what?\na"], [" what?\na", " key"]]
 
 
 def test_a_bos_comes_first_and_choices_follow_one_another(tmp_path):
