@@ -52,9 +52,11 @@ class CLayout:
 
 def _code_book(layout: PacketLayout) -> list[int]:
     """Its levels, then its thresholds, as fp32 numbers in pairs, each filled up to 16: none exceeds infinity."""
-    book = levels(layout.values, layout.bits), thresholds(layout.values, layout.bits)
-    filled = [[*numbers, *[rest] * (_MOST_LEVELS - len(numbers))] for numbers, rest in zip(book, (0.0, math.inf))]
-    return list(struct.unpack(f"={_MOST_LEVELS}q", struct.pack(f"={2 * _MOST_LEVELS}f", *filled[0], *filled[1])))
+    book: list[float] = []
+    for numbers, rest in (levels, 0.0), (thresholds, math.inf):
+        some = numbers(layout.values, layout.bits)
+        book += [*some, *[rest] * (_MOST_LEVELS - len(some))]
+    return list(struct.unpack(f"={_MOST_LEVELS}q", struct.pack(f"={2 * _MOST_LEVELS}f", *book)))
 
 
 c_layout = functools.lru_cache(maxsize=256)(CLayout)

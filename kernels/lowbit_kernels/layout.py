@@ -100,8 +100,8 @@ class PacketLayout:
             )
         if self.has_levels and (not self.group_size or self.scale_format == "e8m0"):
             raise ValueError(
-                f"values {self.values!r} with group_size={self.group_size}, scale_format {self.scale_format!r}; levels of "
-                "a code book go with groups only and scale_format 'bf16' or 'e4m3'; give a group_size and one of these"
+                f"values {self.values!r} with group_size={self.group_size}, scale_format {self.scale_format!r}; levels "
+                "of a code book go with groups only; allowed: a group_size above 0 and scale_format 'bf16' or 'e4m3'"
             )
         if not self.group_size and (self.scale_format != "bf16" or self.prescaled):
             raise ValueError(

@@ -38,10 +38,10 @@ MAGIC = 0x4B000000
 class Format:
     """What a layout is but for its sizes.
 
-    values: "int", "e4m3", "e2m1", "lm" or "nf4"; bits 16 and 32 are plain values. scales: "none" (plain values), "static", or how
-    the scale of a group travels. outliers: whether there are any. word_nbytes: the widest word that may be loaded from
-    or stored into the codes of any row, 4 or 2, after what their addresses are divisible by. unit: 8, 4 or 1, the
-    largest that divides the body: what masks one value of such a unit masks them all.
+    values: "int", "e4m3", "e2m1", "lm" or "nf4"; bits 16 and 32 are plain values. scales: "none" (plain values),
+    "static", or how the scale of a group travels. outliers: whether there are any. word_nbytes: the widest word that
+    may be loaded from or stored into the codes of any row, 4 or 2, after what their addresses are divisible by. unit:
+    8, 4 or 1, the largest that divides the body: what masks one value of such a unit masks them all.
     """
 
     bits: int

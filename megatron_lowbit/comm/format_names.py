@@ -13,10 +13,10 @@ OutlierChoice = Literal["none", "calibrated", "random"]
 OUTLIER_DIVISOR = 64
 
 GRAMMAR = (
-    "exact, bf16, int2 to int8, fp8 (e4m3), fp4 (e2m1), lm2 to lm4 and nf4 (levels of a code book), mxfp4, mxfp8, nvfp4; "
-    "behind codes -group, -gN (a scale for every N values) or -token (a scale for every row), else calibrated static "
-    "scales (not lm and nf4), -e8m0 or -e4m3 (one-byte group scales, -e8m0 not of lm and nf4), -asym (integers from a "
-    "minimum on), -prescaled (groups), and -outlier or -random (1/64 of the features as BF16), as in int4-g32-asym; "
+    "exact, bf16, int2 to int8, fp8 (e4m3), fp4 (e2m1), lm2 to lm4 and nf4 (code books), mxfp4, mxfp8, nvfp4; behind "
+    "codes -group, -gN (a scale for every N values) or -token (one for every row), else calibrated static scales (not "
+    "of code books), -e8m0 (not of code books) or -e4m3 (one-byte group scales), -asym (integers from a minimum on), "
+    "-prescaled (groups), and -outlier or -random (1/64 of the features as BF16), as in int4-g32-asym; "
     "REDUCE+GATHER for two different stages; then ':one-stage' and, with -random, ':seed=N'; ':loop' and ':predict' or "
     "':predict=RANK' for what goes beyond partial sums"
 )

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from lowbit_kernels.layout import PacketLayout, ScaleFormat, Values
 
-#: As a group size: all values of a row that are not sent as BF16.
-WHOLE_ROW = -1
+#: As a group size, beyond any width: all values of a row that are not sent as BF16.
+WHOLE_ROW = 2**40
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class WireFormat:
         return PacketLayout(
             features=features,
             bits=self.bits,
-            # all of the body, not a number beyond all widths: the reference pads rows to whole groups
+            # the size of the body itself: the reference pads rows to whole groups
             group_size=max(1, features - outliers) if self.group_size == WHOLE_ROW else self.group_size,
             outliers=outliers,
             values=self.values,

@@ -1,6 +1,8 @@
-"""Code books in NumPy, for `golden.py`: by comparing with every threshold, in FP64. Only the levels are the project's."""
+"""Code books in NumPy, for `golden.py`: it compares with every threshold, in FP64. The levels are the project's."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,7 +16,7 @@ def level_codes(values: np.ndarray, book: str, bits: int) -> np.ndarray:
     table = np.array(levels(book, bits), np.float64)
     assert len(table) == 2**bits
     codes = np.zeros(values.shape, np.int64)
-    for low, high in zip(table[:-1], table[1:], strict=True):
+    for low, high in pairwise(table):
         codes += values.astype(np.float64) > (low + high) / 2
     return codes
 

@@ -1,7 +1,7 @@
 /* Decoding sums of R packet rows with AVX-512: what is prepared once a call, and the values of 64 codes. See avx512.h.
  *
- * Codes of 4 bits index a table of 16 fp32 numbers, with the scale of a group already in it; so do levels of fewer bits,
- * without the scale. e4m3 becomes bf16, which holds all its values exactly, by tables of high and low bytes. Other
+ * Codes of 4 bits index a table of 16 fp32 numbers, with the scale of a group already in it; levels of fewer bits too,
+ * but without the scale. e4m3 becomes bf16, which holds all its values exactly, by tables of high and low bytes. Other
  * integers are converted.
  */
 #ifndef LOWBIT_AVX512_DECODE_H
@@ -77,7 +77,7 @@ VECTOR int plan_static512(Decode512 *plan, Static with, uint8_t *pairs, uint8_t 
     return (all & 0xFFFF) == 0;
 }
 
-/* Values of all codes of 4 bits, or of all levels, before any scale; with static scales, NaN for the code that says "not
+/* Values of all codes of 4 bits, or of all levels, before any scale; with static scales, NaN for the one that says "not
  * finite". */
 INLINE void fill_nibbles(float values[16], const Layout *at) {
     if (has_levels(at)) {

@@ -1,8 +1,8 @@
 /* Levels of a code book with AVX-512: codes of products, 32 at a time, by one table. See avx512_encode.h.
  *
- * In units of 2^-15, rounded up, a product exceeds a threshold that is a whole number of them exactly where it did before.
- * That is 16 bits, saturated, of which the upper 5 say a cell; a cell holds at most one threshold, so that one comparison
- * is left. Code books of other thresholds take the plain way.
+ * Rounded up to units of 2^-15, a product exceeds a threshold that is a whole number of units exactly where it did
+ * before. That is 16 bits, saturated, of which the upper 5 say a cell; a cell holds at most one threshold, so that one
+ * comparison is left. Code books of other thresholds take the plain way.
  */
 #ifndef LOWBIT_AVX512_LEVELS_H
 #define LOWBIT_AVX512_LEVELS_H
