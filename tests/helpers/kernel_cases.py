@@ -12,7 +12,7 @@ import random
 
 import torch
 
-from lowbit_kernels import PacketLayout, reference
+from lowbit_kernels import PacketLayout, codebooks, reference
 
 SPECIAL = [
     *(0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, 3e38, -3.4028235e38, 3.3895314e38, 1.7e38),
@@ -255,6 +255,22 @@ def check_case(case, module, device, gather=None):
             expected = case.requantized(reference, source, gather, "cpu")
             what = f"requantize R={case.ranks} to {gather.layout} from"
             same(case.requantized(module, source, gather, device), expected, what)
+
+
+def check_ties(module, device):
+    """Encode what lies half way between two levels, at scales that are exact, as the reference does."""
+    for values, bits in (("lm", 2), ("lm", 3), ("lm", 4), ("nf4", 4)):
+        middles = torch.tensor(codebooks.thresholds(values, bits))
+        for size in (16, 20):  # Triton has a way for powers of two, and one for any
+            layout = PacketLayout(4 * size, bits, size, values=values)
+            x_TH = middles[torch.arange(8 * size).reshape(2, -1) % len(middles)]
+            x_TH[:, ::size] = -1.0  # the largest of each group
+            x_TH[1] *= -(2.0**-20) if values == "lm" else 2.0**-20
+            got = torch.empty(2, layout.row_nbytes, dtype=torch.uint8, device=device)
+            expected = torch.empty(2, layout.row_nbytes, dtype=torch.uint8)
+            module.encode(x_TH.to(device), layout, got)
+            reference.encode(x_TH, layout, expected)
+            assert same_bits(got, expected), f"ties {layout}: {first_difference(got, expected)}"
 
 
 def check_norm(case, module, device):

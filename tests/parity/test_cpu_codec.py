@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from helpers.kernel_cases import FAMILIES, Case, check_case, same_bits
+from helpers.kernel_cases import FAMILIES, Case, check_case, check_ties, same_bits
 
 from lowbit_kernels import PacketLayout, codebooks, get_backend, reference
 
@@ -87,6 +87,10 @@ def test_every_code_book_and_group(way, values, bits, prescaled):
             for features, outliers in ((512, 0), (463, 21)):
                 options = {"bits": bits, "values": values, "group_size": group_size, "scale_format": scale_format}
                 check_layout(way, seed, "int4", features=features, outliers=outliers, prescaled=prescaled, **options)
+
+
+def test_ties_of_levels(way):
+    check_ties(way, "cpu")
 
 
 #: Levels on no grid, thresholds at 0, and several in one cell of csrc/avx512_levels.h: two of these take the plain way.
