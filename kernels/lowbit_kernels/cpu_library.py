@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import struct
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from lowbit_kernels.codebooks import levels, thresholds
 from lowbit_kernels.layout import PacketLayout
 
 # Layout of csrc/rows.h, in its order; the enumerations there count as these do.
-_VALUES = ("int", "e4m3", "e2m1")
+_VALUES = ("int", "e4m3", "e2m1", "lm", "nf4")
 _SCALE_FORMATS = ("bf16", "e4m3", "e8m0")
 _NUMBERS = (
     *("body", "groups", "codes_nbytes", "row_scale_offset", "scales_offset", "scales_end", "minimums_offset"),
     *("outliers_offset", "row_nbytes"),
 )
 _MOST_PLANES = 3
+_MOST_LEVELS = 16
 
 
 class CLayout:
@@ -36,6 +40,7 @@ class CLayout:
         numbers.append(len(layout.planes))
         for planes in (layout.planes, layout.plane_offsets):
             numbers += [*planes, *[0] * (_MOST_PLANES - len(planes))]
+        numbers += _code_book(layout)
         self.struct = (ctypes.c_int64 * len(numbers))(*numbers)
         self.features = layout.features
         self.row_nbytes = layout.row_nbytes
@@ -43,6 +48,15 @@ class CLayout:
         self.minimum = (layout.body,) if layout.needs_minimum else None
         self.body_index = (layout.body,) if layout.outliers else None
         self.outlier_index = (layout.outliers,) if layout.outliers else None
+
+
+def _code_book(layout: PacketLayout) -> list[int]:
+    """Its levels, then its thresholds, as fp32 numbers in pairs, each filled up to 16: none exceeds infinity."""
+    book: list[float] = []
+    for numbers, rest in (levels, 0.0), (thresholds, math.inf):
+        some = numbers(layout.values, layout.bits)
+        book += [*some, *[rest] * (_MOST_LEVELS - len(some))]
+    return list(struct.unpack(f"={_MOST_LEVELS}q", struct.pack(f"={2 * _MOST_LEVELS}f", *book)))
 
 
 c_layout = functools.lru_cache(maxsize=256)(CLayout)

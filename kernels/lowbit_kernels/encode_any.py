@@ -35,6 +35,7 @@ from lowbit_kernels.pack import (
     as_float,
     bf16_bits,
     is_finite,
+    level_code,
     one_nan,
     rounded_code,
     small_float_code,
@@ -252,6 +253,8 @@ def _code_of(product: tl.tensor, F: tl.constexpr) -> tl.tensor:
     """Codes (int32) of scaled values; integers in two's complement, wider than they are sent."""
     if F.is_int:
         code = rounded_code(product, F.lowest, F.highest, 0) - ROUNDED_ZERO
+    elif F.has_levels:
+        code = level_code(product, F)
     else:
         code = small_float_code(product, F.values == "e4m3")
     return code

@@ -16,11 +16,19 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
-Values = Literal["int", "e4m3", "e2m1"]
+Values = Literal["int", "e4m3", "e2m1", "lm", "nf4"]
 ScaleFormat = Literal["bf16", "e4m3", "e8m0"]
 
 VALUE_BITS = (16, 32)
-CODE_BITS: dict[str, tuple[int, ...]] = {"int": (2, 3, 4, 5, 6, 7, 8), "e4m3": (8,), "e2m1": (4,)}
+CODE_BITS: dict[str, tuple[int, ...]] = {
+    "int": (2, 3, 4, 5, 6, 7, 8),
+    "e4m3": (8,),
+    "e2m1": (4,),
+    "lm": (2, 3, 4),
+    "nf4": (4,),
+}
+#: Values that are levels of a code book, see `codebooks.py`.
+CODE_BOOKS = ("lm", "nf4")
 SCALE_FORMATS = ("bf16", "e4m3", "e8m0")
 # Widths that divide 8, so that no value of a plane crosses a byte.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
@@ -36,7 +44,9 @@ class PacketLayout:
         `group_size` consecutive body values is on the wire (the last group may be shorter).
     outliers: K features sent as bf16 in a section of their own. The set is static: no index travels.
     values: what a code is. "int": an integer of 2 to 8 bits; "e4m3": FP8 e4m3fn, 8 bits (largest 448, NaN 0x7F and
-        0xFF); "e2m1": FP4, 4 bits (0, 0.5, 1, 1.5, 2, 3, 4, 6, bit 3 the sign).
+        0xFF); "e2m1": FP4, 4 bits (0, 0.5, 1, 1.5, 2, 3, 4, 6, bit 3 the sign); "lm" (2, 3 or 4 bits) and "nf4" (4):
+        the index of a level of `codebooks.py`, which go with groups only (no code is left for "not finite") and with
+        scale_format "bf16" or "e4m3" (a power of two would waste the levels at the ends).
     scale_format: how a group scale travels. "bf16", 2 bytes; "e8m0", 1 byte, a power of two; "e4m3", 1 byte, times one
         bf16 scale of the row.
     asymmetric: integers count up from a minimum instead of around 0. With group_size 0 the minimum is static, else a
@@ -48,7 +58,7 @@ class PacketLayout:
 
     A code is cut into planes from its low bits up (`planes`: 5 bits are planes of 4 and 1). A plane is a section of its
     own without gaps before it: value i occupies `width` bits from bit `i * width` on, counted from the low end of each
-    byte. Integer codes are two's complement, those of asymmetric layouts unsigned.
+    byte. Integer codes are two's complement, those of asymmetric layouts unsigned, and so are indices of levels.
 
     Raises ValueError for a combination that has no meaning.
     """
@@ -71,8 +81,8 @@ class PacketLayout:
             raise ValueError(f"scale_format is {self.scale_format!r}; allowed: {', '.join(SCALE_FORMATS)}")
         if self.bits not in CODE_BITS[self.values] + (VALUE_BITS if self.values == "int" else ()):
             raise ValueError(
-                f"bits is {self.bits} with values {self.values!r}; allowed: 2 to 8 (int), 8 (e4m3), 4 (e2m1), and "
-                "without other options 16 (bf16) or 32 (fp32)"
+                f"bits is {self.bits} with values {self.values!r}; allowed: 2 to 8 (int), 8 (e4m3), 4 (e2m1, nf4), "
+                "2 to 4 (lm), and without other options 16 (bf16) or 32 (fp32)"
             )
         if self.group_size < 0:
             raise ValueError(f"group_size is {self.group_size}; allowed: 0 (static scales) or a positive group size")
@@ -88,6 +98,11 @@ class PacketLayout:
                 f"asymmetric with bits={self.bits}, values {self.values!r}, scale_format {self.scale_format!r}; "
                 "allowed: 2 to 8 bits, values 'int', scale_format 'bf16'"
             )
+        if self.has_levels and (not self.group_size or self.scale_format == "e8m0"):
+            raise ValueError(
+                f"values {self.values!r} with group_size={self.group_size}, scale_format {self.scale_format!r}; levels "
+                "of a code book go with groups only; allowed: a group_size above 0 and scale_format 'bf16' or 'e4m3'"
+            )
         if not self.group_size and (self.scale_format != "bf16" or self.prescaled):
             raise ValueError(
                 f"group_size is 0 with scale_format {self.scale_format!r}, prescaled={self.prescaled}; without groups "
@@ -98,6 +113,11 @@ class PacketLayout:
     def has_codes(self) -> bool:
         """True where body values travel as codes of 2 to 8 bits."""
         return self.bits not in VALUE_BITS
+
+    @functools.cached_property
+    def has_levels(self) -> bool:
+        """True where codes are indices of a code book's levels."""
+        return self.values in CODE_BOOKS
 
     @functools.cached_property
     def needs_static(self) -> bool:

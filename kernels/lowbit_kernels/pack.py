@@ -91,6 +91,24 @@ def small_float_code(x: tl.tensor, E4M3: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def level_code(x: tl.tensor, F: tl.constexpr) -> tl.tensor:
+    """Codes (int32) of levels: how many thresholds of the code book of F fp32 numbers exceed."""
+    code = (x > F.thresholds[0]).to(tl.int32)
+    for k in tl.static_range(1, 2**F.bits - 1):
+        code += (x > F.thresholds[k]).to(tl.int32)
+    return code
+
+
+@triton.jit
+def level_value(code: tl.tensor, F: tl.constexpr) -> tl.tensor:
+    """fp32 levels of codes (int32, not negative) in the code book of F: first a pair of them, to halve the choices."""
+    bits = tl.full(code.shape, F.level_pairs[0], tl.int32)
+    for pair in tl.static_range(1, 2 ** (F.bits - 1)):
+        bits = tl.where((code >> 1) == pair, F.level_pairs[pair], bits)
+    return as_float(tl.where((code & 1) == 1, bits & -0x10000, bits << 16))
+
+
+@triton.jit
 def small_float_value(code: tl.tensor, E4M3: tl.constexpr) -> tl.tensor:
     """fp32 numbers of e4m3 or e2m1 codes (int32, not negative).
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from lowbit_kernels.group_scales import load_minimum, load_row_scale, load_scale, scale_value
-from lowbit_kernels.pack import NAN_BITS, as_bits, as_float, small_float_value
+from lowbit_kernels.pack import NAN_BITS, as_bits, as_float, level_value, small_float_value
 from lowbit_kernels.rows import Source
 from lowbit_kernels.sections import Row, end_of_row
 
@@ -78,6 +78,8 @@ def quad_value(words: tl.tensor, magic: tl.tensor, J: tl.constexpr, F: tl.conste
         code = quad_code(words, J, F)
         if F.is_int:
             value = as_float((code ^ F.half) | magic) - (2.0**23 + F.half)
+        elif F.has_levels:
+            value = level_value(code, F)
         else:
             value = small_float_value(code, F.values == "e4m3")
     return value

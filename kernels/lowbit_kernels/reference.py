@@ -61,7 +61,7 @@ def encode(
     round to nearest even and saturate; not finite are e4m3's NaN and e2m1's minus zero.
     Group scales: see `reference_codes`; a group with a value that is not finite has the scale NaN, the minimum NaN and
     codes 0, and so has an asymmetric group whose minimum is beyond bf16. A minimum of zero is sent as +0. Prescaled
-    layouts group `x * inverse_scale`.
+    layouts group `x * inverse_scale`. Levels of a code book: the code is how many thresholds `x * (1/scale)` exceeds.
     bf16 values round to nearest even, so a finite value beyond the range of bf16 becomes Inf.
     Raises TypeError for another dtype of x.
     """

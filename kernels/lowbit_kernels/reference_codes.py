@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit_kernels.codebooks import levels, thresholds
 from lowbit_kernels.layout import PacketLayout
 from lowbit_kernels.reference_floats import (
     E2M1,
@@ -100,6 +101,9 @@ def encode_groups(body: Tensor, layout: PacketLayout) -> tuple[Tensor, GroupSide
         codes = E4M3.codes(product)
     elif layout.values == "e2m1":
         codes = _e2m1_codes(product)
+    elif layout.has_levels:
+        # how many thresholds a product exceeds
+        codes = torch.bucketize(product, product.new_tensor(thresholds(layout.values, layout.bits)), out_int32=True)
     else:
         codes = torch.round(product).clamp(*group_range(layout)).to(torch.int32)
     codes = torch.where(finite_TG[:, :, None], codes, 0).view(tokens, groups * size)[:, : layout.body]
@@ -147,6 +151,8 @@ def code_values(codes: Tensor, layout: PacketLayout) -> Tensor:
         return E4M3.values(codes)
     if layout.values == "e2m1":
         return E2M1.values(codes)
+    if layout.has_levels:
+        return torch.tensor(levels(layout.values, layout.bits), device=codes.device)[codes]
     if layout.asymmetric:
         return codes.float()
     sign = 2 ** (layout.bits - 1)
@@ -174,13 +180,18 @@ def _scales(y_TGS: Tensor, minimum_TG: Tensor | None, layout: PacketLayout) -> t
 def _wanted_step(y_TGS: Tensor, minimum_TG: Tensor | None, layout: PacketLayout) -> Tensor:
     """The scale before it is rounded to its format, fp32 `[T, G]`.
 
-    Symmetric integers of up to 7 bits: the value of largest magnitude, positive on a tie, becomes the lowest code, so
-    that all codes are in use and the scale may be negative. Else the largest magnitude becomes the largest code.
-    It cannot overflow: it is at most two thirds of the largest finite value.
+    Symmetric integers of up to 7 bits, and "lm": the value of largest magnitude, positive on a tie, becomes the lowest
+    code, so that all codes are in use and the scale may be negative. Else the largest magnitude becomes the largest
+    code. It cannot overflow. Rounded to bf16 it can with levels, whose largest is 1: then the scale is infinite, and so
+    is what the group decodes to, but for NaN where the level is 0.
     """
+    highest_TG, lowest_TG = y_TGS.amax(dim=2), y_TGS.amin(dim=2)
+    if layout.values == "lm":
+        return -torch.where(highest_TG >= -lowest_TG, highest_TG, lowest_TG)
+    if layout.values == "nf4":
+        return torch.maximum(highest_TG, -lowest_TG)
     if layout.values != "int":
         return y_TGS.abs().amax(dim=2) * fp32(1 / (448 if layout.values == "e4m3" else 6))
-    highest_TG, lowest_TG = y_TGS.amax(dim=2), y_TGS.amin(dim=2)
     if minimum_TG is not None:
         share = fp32(1 / (2**layout.bits - 1))
         return (highest_TG * share - minimum_TG * share).abs()  # a minimum that rounds up may exceed all values

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit_kernels.layout import PacketLayout
+from lowbit_kernels import codebooks
+from lowbit_kernels.layout import CODE_BOOKS, PacketLayout
 
 #: Values of a tile where one program holds a part of a row: 4 or 8 for each of 128 threads.
 DECODE_TILE = 512
@@ -37,10 +38,10 @@ MAGIC = 0x4B000000
 class Format:
     """What a layout is but for its sizes.
 
-    values: "int", "e4m3" or "e2m1"; bits 16 and 32 are plain values. scales: "none" (plain values), "static", or how
-    the scale of a group travels. outliers: whether there are any. word_nbytes: the widest word that may be loaded from
-    or stored into the codes of any row, 4 or 2, after what their addresses are divisible by. unit: 8, 4 or 1, the
-    largest that divides the body: what masks one value of such a unit masks them all.
+    values: "int", "e4m3", "e2m1", "lm" or "nf4"; bits 16 and 32 are plain values. scales: "none" (plain values),
+    "static", or how the scale of a group travels. outliers: whether there are any. word_nbytes: the widest word that
+    may be loaded from or stored into the codes of any row, 4 or 2, after what their addresses are divisible by. unit:
+    8, 4 or 1, the largest that divides the body: what masks one value of such a unit masks them all.
     """
 
     bits: int
@@ -78,6 +79,22 @@ class Format:
         return not self.plain and self.values == "int"
 
     @property
+    def has_levels(self) -> bool:
+        """True where codes are indices of a code book's levels."""
+        return self.values in CODE_BOOKS
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """What the levels of a code book lie between."""
+        return codebooks.thresholds(self.values, self.bits)
+
+    @property
+    def level_pairs(self) -> tuple[int, ...]:
+        """The levels of a code book in bf16, two to an int32, the lower one in its lower half."""
+        levels = codebooks.levels(self.values, self.bits)
+        return struct.unpack(f"<{len(levels) // 2}i", b"".join(struct.pack("<f", level)[2:] for level in levels))
+
+    @property
     def half(self) -> int:
         """The sign bit of two's complement integer codes, 0 for others: codes are unsigned numbers xor this."""
         return 2 ** (self.bits - 1) if self.is_int and not self.asymmetric else 0
@@ -112,11 +129,15 @@ class Format:
     @property
     def signed_peak(self) -> bool:
         """True where the value of largest magnitude, with its sign, becomes the lowest code."""
+        if self.has_levels:
+            return self.values == "lm"
         return self.is_int and not self.asymmetric and self.bits < 8 and self.scales != "e8m0"
 
     @property
     def step(self) -> float:
         """What the largest magnitude (or the signed peak, or the range) of a group is multiplied by, exactly fp32."""
+        if self.has_levels:
+            return -1.0 if self.signed_peak else 1.0
         if self.signed_peak:
             return -(0.5 ** (self.bits - 1))
         largest = {"e4m3": 448, "e2m1": 6, "int": self.highest}[self.values]

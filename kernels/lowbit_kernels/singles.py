@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lowbit_kernels.group_scales import load_minimum, load_row_scale, load_scale, scale_value
-from lowbit_kernels.pack import NAN_BITS, as_bits, as_float, small_float_value
+from lowbit_kernels.pack import NAN_BITS, as_bits, as_float, level_value, small_float_value
 from lowbit_kernels.rows import Source
 from lowbit_kernels.sections import Row
 
@@ -64,7 +64,12 @@ def load_value(
         decoded = as_float(tl.load(row.to(tl.pointer_type(tl.uint16)) + value, mask=mask, other=0).to(tl.int32) << 16)
     else:
         code = load_code(row, value, mask, at, F)
-        decoded = ((code ^ F.half) - F.half).to(tl.float32) if F.is_int else small_float_value(code, F.values == "e4m3")
+        if F.is_int:
+            decoded = ((code ^ F.half) - F.half).to(tl.float32)
+        elif F.has_levels:
+            decoded = level_value(code, F)
+        else:
+            decoded = small_float_value(code, F.values == "e4m3")
         if F.grouped:
             row_scale = 0.0
             if F.scales == "e4m3":

@@ -31,6 +31,7 @@ from lowbit_kernels.pack import (
     as_float,
     bf16_bits,
     is_finite,
+    level_code,
     one_nan,
     rounded_code,
     small_float_code,
@@ -177,6 +178,8 @@ def code_bits(product: tl.tensor, F: tl.constexpr) -> tl.tensor:
     """Codes (int32) of scaled values as `store_units` takes them."""
     if F.is_int:
         bits = rounded_code(product, F.lowest, F.highest, F.bias)
+    elif F.has_levels:
+        bits = level_code(product, F)
     else:
         bits = small_float_code(product, F.values == "e4m3")
     return bits

@@ -3,65 +3,70 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, replace
 from typing import Any, Literal
 
-from megatron_lowbit.comm.wire_format import WireFormat
+from lowbit_kernels.layout import CODE_BITS
+from megatron_lowbit.comm.wire_format import WHOLE_ROW, WireFormat
 
 OutlierChoice = Literal["none", "calibrated", "random"]
 #: Of how many features one travels as BF16 where a name ends in -outlier or -random (the paper's share).
 OUTLIER_DIVISOR = 64
 
 GRAMMAR = (
-    "exact, bf16, int2 to int8, fp8 (e4m3), fp4 (e2m1), mxfp4, mxfp8, nvfp4; behind codes -group or -gN (a scale for "
-    "every N values, else calibrated static scales), -e8m0 or -e4m3 (one-byte group scales), -asym (integers from a "
-    "minimum on), -prescaled (groups), and -outlier or -random (1/64 of the features as BF16), as in int4-g32-asym; "
+    "exact, bf16, int2 to int8, fp8 (e4m3), fp4 (e2m1), lm2 to lm4 and nf4 (code books), mxfp4, mxfp8, nvfp4; behind "
+    "codes -group, -gN (a scale for every N values) or -token (one for every row), else calibrated static scales (not "
+    "of code books), -e8m0 (not of code books) or -e4m3 (one-byte group scales), -asym (integers from a minimum on), "
+    "-prescaled (groups), and -outlier or -random (1/64 of the features as BF16), as in int4-g32-asym; "
     "REDUCE+GATHER for two different stages; then ':one-stage' and, with -random, ':seed=N'; ':loop' and ':predict' or "
     "':predict=RANK' for what goes beyond partial sums"
 )
-_BASES = {
-    "exact": WireFormat(32),
-    "bf16": WireFormat(16),
-    **{f"int{bits}": WireFormat(bits) for bits in range(2, 9)},
-    "fp8": WireFormat(8, values="e4m3"),
-    "fp4": WireFormat(4, values="e2m1"),
+#: Fields of a WireFormat. A base alone need not make one: levels of a code book want groups.
+_BASES: dict[str, dict[str, Any]] = {
+    "exact": {"bits": 32},
+    "bf16": {"bits": 16},
+    **{f"int{bits}": {"bits": bits} for bits in CODE_BITS["int"]},
+    "fp8": {"bits": 8, "values": "e4m3"},
+    "fp4": {"bits": 4, "values": "e2m1"},
+    **{f"lm{bits}": {"bits": bits, "values": "lm"} for bits in CODE_BITS["lm"]},
+    "nf4": {"bits": 4, "values": "nf4"},
     # OCP Microscaling Formats 1.0, and NVIDIA's (its scale of a tensor is one of a row here)
-    "mxfp4": WireFormat(4, 32, values="e2m1", scale_format="e8m0"),
-    "mxfp8": WireFormat(8, 32, values="e4m3", scale_format="e8m0"),
-    "nvfp4": WireFormat(4, 16, values="e2m1", scale_format="e4m3"),
+    "mxfp4": {"bits": 4, "group_size": 32, "values": "e2m1", "scale_format": "e8m0"},
+    "mxfp8": {"bits": 8, "group_size": 32, "values": "e4m3", "scale_format": "e8m0"},
+    "nvfp4": {"bits": 4, "group_size": 16, "values": "e2m1", "scale_format": "e4m3"},
 }
-_DEFAULTS = {field.name: field.default for field in fields(WireFormat)}
 
 
 def parse_format(name: str) -> tuple[WireFormat, OutlierChoice]:
     """The format of one stage, and how its BF16 features are chosen.
 
-    A base (`int4`, `fp8`, `nvfp4`), then options in any order, each of them once, behind hyphens: `gN` or `group` (64
-    values a scale, 128 of 8 bits), `e8m0`, `e4m3`, `asym`, `prescaled`, `outlier`, `random`.
+    A base (`int4`, `fp8`, `lm3`, `nvfp4`), then options in any order, each of them once, behind hyphens: `gN`, `group`
+    (64 values a scale, 128 of 8 bits) or `token` (a row a scale), `e8m0`, `e4m3`, `asym`, `prescaled`, `outlier`,
+    `random`.
     Raises ValueError for any other name, and for combinations that have no meaning; `GRAMMAR` says what there is.
     """
     base, *options = name.split("-")
     if base not in _BASES:
         raise ValueError(f"no format is called {base!r}")
-    wire = _BASES[base]
+    given = _BASES[base]
     choice: OutlierChoice = "none"
     chosen: dict[str, Any] = {}
     for option in options:
-        field, value = _option(option, wire)
-        if field in chosen or getattr(wire, field) != _DEFAULTS[field]:
+        field, value = _option(option, given["bits"])
+        if field in chosen or field in given:
             raise ValueError(f"option {option!r} of {name!r} settles {field} a second time")
         chosen[field] = value
         if field == "outlier_divisor":
             choice = "random" if option == "random" else "calibrated"
-    return replace(wire, **chosen), choice
+    return WireFormat(**{**given, **chosen}), choice
 
 
-def _option(option: str, wire: WireFormat) -> tuple[str, Any]:
+def _option(option: str, bits: int) -> tuple[str, Any]:
     """The field of a WireFormat that an option sets, and its value."""
     if re.fullmatch("g[1-9][0-9]{0,8}", option):
         return "group_size", int(option[1:])
     named = {
-        "group": ("group_size", 128 if wire.bits == 8 else 64),
+        "group": ("group_size", 128 if bits == 8 else 64),
+        "token": ("group_size", WHOLE_ROW),
         "e8m0": ("scale_format", "e8m0"),
         "e4m3": ("scale_format", "e4m3"),
         "asym": ("asymmetric", True),

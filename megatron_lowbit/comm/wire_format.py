@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from lowbit_kernels.layout import PacketLayout, ScaleFormat, Values
 
+#: As a group size, beyond any width: all values of a row that are not sent as BF16.
+WHOLE_ROW = 2**40
+
 
 @dataclass(frozen=True)
 class WireFormat:
@@ -13,9 +16,10 @@ class WireFormat:
 
     bits: 2 to 8 for codes, 16 for BF16 and 32 for FP32 values, which take no other option.
     group_size: 0 for calibrated static scales (nothing on the wire), else a scale travels for every `group_size`
-        values.
+        values; WHOLE_ROW for one scale a row, whatever its width.
     outlier_divisor: 0 for none, else `floor(hidden / outlier_divisor)` features travel as BF16 (the paper: 64).
-    values: what codes are: "int", "e4m3" (FP8) or "e2m1" (FP4).
+    values: what codes are: "int", "e4m3" (FP8), "e2m1" (FP4), or levels of a code book, "lm" or "nf4", which need
+        scales that travel, in "bf16" or "e4m3".
     scale_format: how the scales of groups travel: "bf16", "e4m3" (with one BF16 scale a row) or "e8m0".
     asymmetric: integers between a minimum and a maximum instead of around 0; of each group, or calibrated.
     prescaled: features are divided by calibrated factors before they are grouped.
@@ -56,7 +60,7 @@ class WireFormat:
     def largest_code(self) -> float:
         """What the largest magnitude of a static range stands for; of asymmetric codes, its width, in steps."""
         if self.values != "int":
-            return 448.0 if self.values == "e4m3" else 6.0
+            return {"e4m3": 448.0, "e2m1": 6.0, "lm": 1.0, "nf4": 1.0}[self.values]
         return 2.0**self.bits - 2 if self.asymmetric else 2.0 ** (self.bits - 1) - 1
 
     def outlier_count(self, hidden: int) -> int:
@@ -78,7 +82,8 @@ class WireFormat:
         return PacketLayout(
             features=features,
             bits=self.bits,
-            group_size=self.group_size,
+            # the size of the body itself: the reference pads rows to whole groups
+            group_size=max(1, features - outliers) if self.group_size == WHOLE_ROW else self.group_size,
             outliers=outliers,
             values=self.values,
             scale_format=self.scale_format,

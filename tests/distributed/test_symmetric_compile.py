@@ -22,6 +22,7 @@ LAYOUTS = {
     "int3-asymmetric": PacketLayout(HIDDEN, 3, 64, asymmetric=True),
     "fp8-g128": PacketLayout(HIDDEN, 8, 128, values="e4m3"),
     "nvfp4": PacketLayout(HIDDEN, 4, 16, values="e2m1", scale_format="e4m3"),
+    "lm3-g64": PacketLayout(HIDDEN, 3, 64, values="lm"),
     "bf16": PacketLayout(HIDDEN, 16),
     "any": PacketLayout(HIDDEN + 1, 7, 100, 3, scale_format="e4m3", prescaled=True),
 }

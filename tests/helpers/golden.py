@@ -1,4 +1,5 @@
-"""The method a second time, in NumPy, from its description alone: nothing of the project is imported here.
+"""The method a second time, in NumPy, from its description alone: nothing of the project is imported here, but for the
+numbers of the code books (`golden_levels.py`), which are no method.
 
 A packet is uint8 `[T, B]`, one row a token, little endian:
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from helpers.golden_levels import CODE_BOOKS, level_codes, level_values
 from helpers.golden_numbers import (
     BF16_NAN,
     E2M1,
@@ -41,7 +43,7 @@ SMALLEST_SCALE = F32(2.0**-100)
 class Format:
     """bits: 2 to 8 (codes), 16 (bf16), 32 (fp32). group: values that share a scale on the wire, 0 for static scales.
 
-    values: "int", "e4m3" or "e2m1". scales: "bf16", "e4m3" or "e8m0".
+    values: "int", "e4m3", "e2m1", "lm" or "nf4". scales: "bf16", "e4m3" or "e8m0".
     """
 
     bits: int
@@ -194,6 +196,8 @@ def _float_codes(values: np.ndarray, wire: Format) -> np.ndarray:
 
 def _meaning(codes: np.ndarray, wire: Format) -> np.ndarray:
     """Codes from 0 up to the numbers they stand for before any scale."""
+    if wire.values in CODE_BOOKS:
+        return level_values(codes, wire.values, wire.bits)
     if wire.values != "int":
         return small_float_values(codes, E4M3 if wire.values == "e4m3" else E2M1)
     if wire.asymmetric:
@@ -217,7 +221,12 @@ def _encode_groups(y: np.ndarray, wire: Format) -> dict[str, np.ndarray]:
     codes = [np.zeros((tokens, 0), np.int64)]
     for group, part in enumerate(parts):
         scaled = (part - low[:, group, None]) * (F32(1.0) / scale[:, group, None])
-        scaled = np.clip(np.rint(scaled), *_group_range(wire)) if wire.values == "int" else _float_codes(scaled, wire)
+        if wire.values in CODE_BOOKS:
+            scaled = level_codes(scaled, wire.values, wire.bits)
+        elif wire.values == "int":
+            scaled = np.clip(np.rint(scaled), *_group_range(wire))
+        else:
+            scaled = _float_codes(scaled, wire)
         codes.append(np.where(finite[:, group, None], scaled, 0).astype(np.int64))
     no_scale = {"bf16": BF16_NAN, "e4m3": 0x7F, "e8m0": 0xFF}[wire.scales]
     return {
@@ -238,6 +247,9 @@ def _group_range(wire: Format) -> tuple[int, int]:
 def _wanted(part: np.ndarray, low: np.ndarray, wire: Format) -> np.ndarray:
     """The scale `[T]` of one group of each row before it is rounded: what the largest magnitude should stand for."""
     amax = np.abs(part).max(axis=1)
+    peak = np.where(part.max(axis=1) == amax, amax, -amax)
+    if wire.values in CODE_BOOKS:
+        return -peak if wire.values == "lm" else amax
     if wire.values != "int" and wire.scales == "e8m0":  # 448 = 1.75 * 2^8, 6 = 1.5 * 2^2
         return amax / F32(256 if wire.values == "e4m3" else 4)
     if wire.values != "int":
@@ -247,7 +259,6 @@ def _wanted(part: np.ndarray, low: np.ndarray, wire: Format) -> np.ndarray:
         return np.abs(part.max(axis=1) * one - low * one)
     if wire.bits == 8 or wire.scales == "e8m0":
         return amax * (F32(1) / F32(2 ** (wire.bits - 1) - 1))
-    peak = np.where(part.max(axis=1) == amax, amax, -amax)
     return peak / F32(-(2 ** (wire.bits - 1)))
 
 

@@ -6,14 +6,13 @@ import numpy as np
 from helpers import golden, golden_method
 from helpers.messages import Message
 
-from megatron_lowbit.comm.wire_format import WireFormat
+from megatron_lowbit.comm.wire_format import WHOLE_ROW, WireFormat
 
 
 def golden_format(wire: WireFormat, hidden: int) -> golden.Format:
     outliers = hidden // wire.outlier_divisor if wire.outlier_divisor else 0
-    return golden.Format(
-        wire.bits, wire.group_size, outliers, wire.values, wire.scale_format, wire.asymmetric, wire.prescaled
-    )
+    group = max(1, hidden - outliers) if wire.group_size == WHOLE_ROW else wire.group_size
+    return golden.Format(wire.bits, group, outliers, wire.values, wire.scale_format, wire.asymmetric, wire.prescaled)
 
 
 def array(tensor):

@@ -12,7 +12,7 @@ import random
 
 import torch
 
-from lowbit_kernels import PacketLayout, reference
+from lowbit_kernels import PacketLayout, codebooks, reference
 
 SPECIAL = [
     *(0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, 3e38, -3.4028235e38, 3.3895314e38, 1.7e38),
@@ -21,6 +21,7 @@ SPECIAL = [
 ]
 FEATURES = [1, 2, 3, 5, 16, 31, 64, 67, 130, 257, 515]
 GROUPS = [1, 3, 5, 16, 32, 64, 100, 128]
+WHOLE_ROW = -1  # stands for a group of all body values, which `Case` counts
 
 
 def _group(rng):
@@ -33,6 +34,11 @@ def _small_scale(rng):
 
 def _maybe_static(rng):
     return {} if rng.random() < 0.4 else _group(rng)
+
+
+def _levels(rng):
+    values, bits = rng.choice([("lm", 2), ("lm", 3), ("lm", 4), ("nf4", 4)])
+    return {"bits": bits, "values": values, **_group(rng), "scale_format": rng.choice(["bf16", "e4m3"])}
 
 
 def _any_scale(rng):
@@ -59,6 +65,11 @@ FAMILIES = {
         ]),
         "prescaled": True,
     },
+    "levels": lambda rng: {**_levels(rng), "prescaled": rng.random() < 0.4},
+    "whole rows": lambda rng: {
+        **rng.choice([{"bits": rng.randint(2, 8)}, {"bits": 8, "values": "e4m3"}, _levels(rng)]),
+        "group_size": WHOLE_ROW,
+    },
 }  # fmt: skip
 
 
@@ -73,6 +84,8 @@ class Case:
         outliers = 0
         if options["bits"] <= 8:
             outliers = self.rng.choice([0, 0, 1, features // 8, features // 64, self.rng.randint(0, features)])
+        if options.get("group_size") == WHOLE_ROW:
+            options["group_size"] = max(1, features - outliers)
         self.tokens = self.rng.choice([0, 1, 1, 2, 5]) if tokens is None else tokens
         self.ranks = self.rng.choice([1, 2, 3, 8])
         self.dtype = self.rng.choice([torch.float32, torch.bfloat16])
@@ -242,6 +255,22 @@ def check_case(case, module, device, gather=None):
             expected = case.requantized(reference, source, gather, "cpu")
             what = f"requantize R={case.ranks} to {gather.layout} from"
             same(case.requantized(module, source, gather, device), expected, what)
+
+
+def check_ties(module, device):
+    """Encode what lies half way between two levels, at scales that are exact, as the reference does."""
+    for values, bits in (("lm", 2), ("lm", 3), ("lm", 4), ("nf4", 4)):
+        middles = torch.tensor(codebooks.thresholds(values, bits))
+        for size in (16, 20):  # Triton has a way for powers of two, and one for any
+            layout = PacketLayout(4 * size, bits, size, values=values)
+            x_TH = middles[torch.arange(8 * size).reshape(2, -1) % len(middles)]
+            x_TH[:, ::size] = -1.0  # the largest of each group
+            x_TH[1] *= -(2.0**-20) if values == "lm" else 2.0**-20
+            got = torch.empty(2, layout.row_nbytes, dtype=torch.uint8, device=device)
+            expected = torch.empty(2, layout.row_nbytes, dtype=torch.uint8)
+            module.encode(x_TH.to(device), layout, got)
+            reference.encode(x_TH, layout, expected)
+            assert same_bits(got, expected), f"ties {layout}: {first_difference(got, expected)}"
 
 
 def check_norm(case, module, device):

@@ -22,6 +22,8 @@ MORE_SCHEMES = [
     *("int3-group", "int6-g32", "int2-g16-asym", "int4-g100-asym", "int7-g64-e8m0", "int4-g64-e4m3"),
     *("int5", "int5-asym", "fp8", "fp4", "fp8-g128", "fp4-g32", "mxfp4", "mxfp8", "nvfp4"),
     *("int4-g64-prescaled", "int4-g64-outlier", "int3-g32-random", "nvfp4-outlier", "int6-asym-outlier"),
+    *("lm2-g16", "lm3-g40-e4m3-prescaled", "lm4-group", "lm4-g100-random", "nf4-g64-e4m3-outlier", "nf4-token"),
+    *("int4-token", "int6-token-asym", "fp8-token-e8m0", "lm3-token-outlier", "lm4-g40+int8-token"),
     *("int5:one-stage", "int5-asym:one-stage", "mxfp4:one-stage", "int4-g64-prescaled:one-stage"),
     *("int4-g64+int8-g128", "bf16+int4-asym", "int4-outlier+int8-g128", "nvfp4+int6-random"),
 ]

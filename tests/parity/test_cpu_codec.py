@@ -11,9 +11,9 @@ import sys
 
 import pytest
 import torch
-from helpers.kernel_cases import FAMILIES, Case, check_case, same_bits
+from helpers.kernel_cases import FAMILIES, Case, check_case, check_ties, same_bits
 
-from lowbit_kernels import PacketLayout, get_backend, reference
+from lowbit_kernels import PacketLayout, codebooks, get_backend, reference
 
 CODES = [family for family in FAMILIES if family not in ("bf16", "fp32")]
 GROUPS = [16, 32, 64, 128, 192, 48]  # each of the first five has loops of its own, the last takes those of any size
@@ -74,6 +74,73 @@ def test_every_small_float_and_group(way, scale_format, prescaled):
             options = {"bits": bits, "values": values, "group_size": group_size, "prescaled": prescaled}
             for outliers in (0, 21):
                 check_layout(way, seed, "int4", features=463, outliers=outliers, scale_format=scale_format, **options)
+
+
+LEVELS = [("lm", 2), ("lm", 3), ("lm", 4), ("nf4", 4)]
+
+
+@pytest.mark.parametrize(("values", "bits"), LEVELS)
+@pytest.mark.parametrize("prescaled", [False, True])
+def test_every_code_book_and_group(way, values, bits, prescaled):
+    for seed, group_size in enumerate([*GROUPS, 40, 463]):
+        for scale_format in ("bf16", "e4m3"):
+            for features, outliers in ((512, 0), (463, 21)):
+                options = {"bits": bits, "values": values, "group_size": group_size, "scale_format": scale_format}
+                check_layout(way, seed, "int4", features=features, outliers=outliers, prescaled=prescaled, **options)
+
+
+def test_ties_of_levels(way):
+    check_ties(way, "cpu")
+
+
+#: Levels on no grid, thresholds at 0, and several in one cell of csrc/avx512_levels.h: two of these take the plain way.
+OTHER_LEVELS = {
+    "on no grid": (-1.0, -0.001953125 * 1.0078125, 0.5, 1.0),
+    "tie at zero": (-1.0, -0.25, 0.25, 1.0),
+    "dense": (-1.0, -0.03125, 0.0, 0.03125),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LEVELS)
+def test_code_books_of_other_numbers(way, monkeypatch, name):
+    """Whether they have a fast way or not."""
+    from lowbit_kernels.cpu_library import c_layout
+
+    caches = codebooks.levels, codebooks.thresholds, c_layout
+    monkeypatch.setitem(codebooks._LEVELS, ("lm", 2), OTHER_LEVELS[name])
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        for seed in range(12):
+            for group_size in (32, 40):
+                check_layout(way, seed, "int4", features=200, bits=2, values="lm", group_size=group_size)
+        layout = PacketLayout(64, 2, 64, values="lm")
+        x_TH = torch.tensor([[1e-45, -1e-45, 1e-40, -0.0] * 16, [0.0, 1e-38, -1e-38, 1e-30] * 16]) * 3
+        for largest in (1.5, -3e38, 1e-3):
+            x_TH[:, 5] = largest
+            got, expected = (torch.empty(2, layout.row_nbytes, dtype=torch.uint8) for _ in range(2))
+            way.encode(x_TH, layout, got)
+            reference.encode(x_TH, layout, expected)
+            assert torch.equal(got, expected), largest
+    finally:
+        monkeypatch.undo()
+        for cached in caches:
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", ["lm", "nf4"])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 100])
+def test_one_value_of_a_code_book_that_is_not_finite(way, dtype, values, group_size):
+    layout = PacketLayout(200, 4, group_size, values=values)
+    ordinary = torch.randn(200, 200, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for special in (torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).max, torch.finfo(dtype).min):
+        x_TH = ordinary.clone().fill_diagonal_(special)
+        got = torch.empty(200, layout.row_nbytes, dtype=torch.uint8)
+        expected = torch.empty_like(got)
+        way.encode(x_TH, layout, got)
+        reference.encode(x_TH, layout, expected)
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

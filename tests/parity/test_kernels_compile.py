@@ -24,6 +24,9 @@ LAYOUTS = {
     "fp8-g128": PacketLayout(HIDDEN, 8, 128, values="e4m3"),
     "mxfp4": PacketLayout(HIDDEN, 4, 32, values="e2m1", scale_format="e8m0"),
     "nvfp4": PacketLayout(HIDDEN, 4, 16, values="e2m1", scale_format="e4m3"),
+    "lm3-g64-e4m3": PacketLayout(HIDDEN, 3, 64, values="lm", scale_format="e4m3", prescaled=True),
+    "lm4-g64": PacketLayout(HIDDEN, 4, 64, values="lm"),
+    "nf4-token": PacketLayout(HIDDEN, 4, HIDDEN, values="nf4"),
     "bf16": PacketLayout(HIDDEN, 16),
     "any": PacketLayout(HIDDEN + 1, 7, 100, 3, scale_format="e4m3", prescaled=True),
 }
@@ -110,7 +113,10 @@ def accesses(ptx):
     return counts
 
 
-@pytest.mark.parametrize("name", ["int4-outlier", "int4-g64", "int6-prescaled", "fp8-g128", "nvfp4", "any"])
+@pytest.mark.parametrize(
+    "name",
+    ["int4-outlier", "int4-g64", "int6-prescaled", "fp8-g128", "nvfp4", "lm3-g64-e4m3", "lm4-g64", "nf4-token", "any"],
+)
 @pytest.mark.parametrize("step", ["encode", "decode_sum", "requantize", "decode_add_norm"])
 def test_no_fusion_no_flushing_and_true_division(compiler, step, name):
     layout = LAYOUTS[name]
@@ -143,7 +149,7 @@ def test_values_move_in_vectors(compiler, name, tokens):
     assert {width for kind, width in moves if kind == "st"} == {128, 64}  # the stream, and its norm in bf16
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-outlier", "int4-g64", "int8-g128", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", ["int4", "int4-outlier", "int4-g64", "int8-g128", "mxfp4", "nvfp4", "lm4-g64"])
 def test_codes_move_in_words(compiler, name):
     """A byte of a packet is loaded by one thread once, four codes at a time, and stored eight codes at a time."""
     layout, rows, compile_for = LAYOUTS[name], 4, compiler(SM_90)
@@ -163,7 +169,7 @@ def test_codes_move_in_words(compiler, name):
         assert stored["st", 32] == rows * layout.bits // 4
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-g64", "int8-g128", "nvfp4", "bf16"])
+@pytest.mark.parametrize("name", ["int4", "int4-g64", "int8-g128", "nvfp4", "lm3-g64-e4m3", "lm4-g64", "bf16"])
 def test_nothing_moves_between_threads_to_be_summed(compiler, name):
     """A thread decodes what it stores: no shared memory, no barrier, no shuffle."""
     compile_for = compiler(SM_90)
@@ -171,7 +177,7 @@ def test_nothing_moves_between_threads_to_be_summed(compiler, name):
         assert not re.search(r"\.shared|\bbar\.|\bshfl\.", compile_for("decode_sum", LAYOUTS[name], tokens))
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-g64", "int8-g128", "mxfp4"])
+@pytest.mark.parametrize("name", ["int4", "int4-g64", "int8-g128", "mxfp4", "lm4-g64"])
 def test_threads_encode_whole_units_of_bf16(compiler, name):
     """A thread packs the eight values it loads; threads of a group tell each other its largest value and no more."""
     layout = LAYOUTS[name]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.kernel_cases import FAMILIES, Case, check_case, check_norm, same_bits
+from helpers.kernel_cases import FAMILIES, Case, check_case, check_norm, check_ties, same_bits
 
 from lowbit_kernels import PacketLayout, get_backend, reference
 
@@ -67,6 +67,10 @@ def test_rows_wider_than_a_block(subject, family):
 def test_residual_and_norm(subject, family):
     for seed in range(subject.seeds // 4):
         check_norm(Case(seed, family), subject.module, subject.device)
+
+
+def test_ties_of_levels(subject):
+    check_ties(subject.module, subject.device)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -23,6 +23,8 @@ LAYOUTS = [
     PacketLayout(67, 5, asymmetric=True, outliers=5),
     PacketLayout(66, 4, 16, 2, "e2m1", "e4m3", prescaled=True),
     PacketLayout(66, 8, 32, 0, "e4m3", "e8m0"),
+    PacketLayout(66, 3, 16, 2, "lm", "e4m3", prescaled=True),
+    PacketLayout(64, 4, 64, values="nf4"),
 ]
 DEVICES = [
     "cpu",

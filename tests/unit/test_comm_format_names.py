@@ -13,7 +13,7 @@ from helpers.messages import MORE_SCHEMES
 
 from megatron_lowbit.comm.format_names import GRAMMAR, parse_format
 from megatron_lowbit.comm.schemes import SCHEMES, CommScheme, parse_scheme
-from megatron_lowbit.comm.wire_format import WireFormat
+from megatron_lowbit.comm.wire_format import WHOLE_ROW, WireFormat
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,15 @@ from megatron_lowbit.comm.wire_format import WireFormat
         ("mxfp8", WireFormat(8, 32, values="e4m3", scale_format="e8m0"), "none", 8.25),
         ("nvfp4", WireFormat(4, 16, values="e2m1", scale_format="e4m3"), "none", 4.5 + 16 / 4096),
         ("int4-g64-prescaled", WireFormat(4, 64, prescaled=True), "none", 4.25),
+        ("lm2-g16", WireFormat(2, 16, values="lm"), "none", 3),
+        ("lm3-g64-e4m3-prescaled", WireFormat(3, 64, 0, "lm", "e4m3", prescaled=True), "none", 3.125 + 16 / 4096),
+        ("lm4-group", WireFormat(4, 64, values="lm"), "none", 4.25),
+        ("nf4-g32-e4m3", WireFormat(4, 32, values="nf4", scale_format="e4m3"), "none", 4.25 + 16 / 4096),
+        ("nf4-token", WireFormat(4, WHOLE_ROW, values="nf4"), "none", 4 + 16 / 4096),
+        ("int8-token", WireFormat(8, WHOLE_ROW), "none", 8 + 16 / 4096),
+        ("int4-asym-token", WireFormat(4, WHOLE_ROW, asymmetric=True), "none", 4 + 32 / 4096),
+        ("fp8-token-e8m0", WireFormat(8, WHOLE_ROW, values="e4m3", scale_format="e8m0"), "none", 8 + 8 / 4096),
+        ("lm4-token-outlier", WireFormat(4, WHOLE_ROW, 64, "lm"), "calibrated", 63 / 64 * 4 + 16 / 64 + 16 / 4096),
         ("int4-outlier", WireFormat(4, 0, 64), "calibrated", 4.1875),
         ("int3-g64-random", WireFormat(3, 64, 64), "random", 63 / 64 * 3.25 + 16 / 64),
         ("nvfp4-outlier", WireFormat(4, 16, 64, "e2m1", "e4m3"), "calibrated", 63 / 64 * 4.5 + 16 / 64 + 16 / 4096),
@@ -63,6 +72,16 @@ def test_rows_are_as_long_as_the_description_says(name, hidden):
             assert wire.wire_bits_per_value(hidden) >= wire.bits_per_value(hidden)
 
 
+@pytest.mark.parametrize("hidden", [1, 64, 100, 5000])
+def test_a_scale_for_a_whole_row(hidden):
+    """One group whatever the width; outliers are none of it, and where all features are, nothing is left."""
+    for name in ("int4-token", "lm4-token-random", "fp8-token"):
+        layout = parse_scheme(name).reduce_stage.packet_layout(hidden)
+        assert (layout.groups, layout.group_size) == (1, layout.body)
+    layout = WireFormat(4, WHOLE_ROW, outlier_divisor=1).packet_layout(hidden)
+    assert (layout.body, layout.groups, layout.row_nbytes) == (0, 0, 2 * hidden)
+
+
 def test_mixes_have_a_format_for_each_stage():
     scheme = parse_scheme("int4-outlier+int8-g128")
     assert scheme.reduce_stage == WireFormat(4, 0, 64) and scheme.gather_stage == WireFormat(8, 128)
@@ -83,6 +102,7 @@ def test_mixes_have_a_format_for_each_stage():
         *(("int4-g64-outlier", True), ("nvfp4-outlier", True), ("mxfp4", False), ("int4-g100-asym", False)),
         *(("int3-g32-random", False), ("bf16+int4", True), ("int4-g64+int8-g128", False), ("fp4-random", True)),
         *(("int5:one-stage", True), ("mxfp4:one-stage", False)),
+        *(("lm4-g40", False), ("lm3-g40-prescaled", True), ("nf4-g64-outlier", True), ("int4-token", False)),
     ],
 )
 def test_what_needs_calibration(name, needed):
@@ -104,6 +124,15 @@ def test_what_needs_calibration(name, needed):
         ("mxfp4-g16", "settles group_size a second time"),
         ("nvfp4-e8m0", "settles scale_format a second time"),
         ("int4-outlier-random", "settles outlier_divisor a second time"),
+        ("int4-g64-token", "settles group_size a second time"),
+        ("nvfp4-token", "settles group_size a second time"),
+        ("bf16-token", "bits=16 sends plain values"),
+        ("lm5-g64", "no format is called 'lm5'"),
+        ("nf3-g64", "no format is called 'nf3'"),
+        ("lm4", "values 'lm' with group_size=0, .* go with groups only"),
+        ("nf4-outlier", "values 'nf4' with group_size=0, .* go with groups only"),
+        ("lm3-g64-e8m0", "scale_format 'e8m0'; .* scale_format 'bf16' or 'e4m3'"),
+        ("nf4-g64-asym", "asymmetric with bits=4, values 'nf4'"),
         ("fp8-asym", "asymmetric with bits=8, values 'e4m3'"),
         ("int4-g8-e8m0-asym", "scale_format 'e8m0'"),
         ("int4-e8m0", "group_size is 0 with scale_format 'e8m0'"),
@@ -131,8 +160,11 @@ def test_the_grammar_names_everything():
     """Every word that the parser takes is in the text that a user sees."""
     for name in ("exact", "bf16", "int2", "int8", "fp8", "fp4", "mxfp4", "mxfp8", "nvfp4"):
         assert name in GRAMMAR and parse_format(name)
-    for option in ("-group", "-gN", "-e8m0", "-e4m3", "-asym", "-prescaled", "-outlier", "-random", ":one-stage"):
+    for name in ("lm2", "lm4", "nf4"):
+        assert name in GRAMMAR and parse_format(f"{name}-group")
+    for option in ("-group", "-gN", "-token", "-e8m0", "-e4m3", "-asym", "-prescaled", "-outlier", "-random"):
         assert option in GRAMMAR
+    assert ":one-stage" in GRAMMAR
     assert parse_format("int4-g32-asym")[0].asymmetric  # its example
 
 
@@ -154,6 +186,9 @@ def test_stages_share_one_set_of_features():
         (WireFormat(4, values="e2m1"), True, False, 6),
         (WireFormat(4, 8, asymmetric=True), False, False, 14),
         (WireFormat(4, 8, prescaled=True), True, False, 7),
+        (WireFormat(4, 8, values="lm", prescaled=True), True, False, 1),
+        (WireFormat(4, WHOLE_ROW, values="nf4"), False, False, 1),
+        (WireFormat(4, WHOLE_ROW), False, False, 7),
     ],
 )
 def test_what_formats_need(wire, static, minimum, largest):

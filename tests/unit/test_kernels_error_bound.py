@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowbit_kernels import PacketLayout, reference
+from lowbit_kernels.codebooks import levels
 
 TOKENS, HIDDEN = 40, 500
 BF16 = 2.0**-8  # half an ulp of a bf16 number, relative
@@ -21,10 +22,24 @@ def float_error(values, scale, kind):
     return torch.maximum(relative * values.abs(), smallest * scale)
 
 
+def level_bound(group, layout, scale_error):
+    """Half the gap between levels where a value lies, or how far it is beyond the last; and what a scale moves it."""
+    table = torch.tensor(levels(layout.values, layout.bits), dtype=torch.float64)
+    amax = group.abs().amax(dim=1, keepdim=True)
+    is_positive = group.amax(dim=1, keepdim=True) == amax
+    step = torch.where(is_positive, -amax, amax) if layout.values == "lm" else amax
+    y = group / step
+    above = torch.searchsorted(table, y.contiguous()).clamp(1, len(table) - 1)
+    half = (table[above] - table[above - 1]) / 2
+    return amax * (torch.maximum(half, y - table[-1]) * (1 + scale_error) + scale_error * y.abs())
+
+
 def group_bound(group, layout):
     """FP64 bound of the error of each value of a group `[T, N]`."""
     amax = group.abs().amax(dim=1, keepdim=True)
     scale_error = {"bf16": BF16, "e4m3": E4M3, "e8m0": 0.0}[layout.scale_format]
+    if layout.has_levels:
+        return level_bound(group, layout, scale_error)
     if layout.values != "int":
         largest = {"e4m3": 448, "e2m1": 6}[layout.values]
         if layout.scale_format == "e8m0":  # below 2 times the power of two of the largest value: that much is cut off
@@ -67,6 +82,10 @@ FORMATS = [
     *({"bits": bits, "group_size": 100, "asymmetric": True} for bits in range(2, 9)),
     *({"bits": 8, "values": "e4m3", "group_size": 32, "scale_format": form} for form in ("bf16", "e4m3", "e8m0")),
     *({"bits": 4, "values": "e2m1", "group_size": 16, "scale_format": form} for form in ("bf16", "e4m3", "e8m0")),
+    *({"bits": bits, "values": "lm", "group_size": 40} for bits in (2, 3, 4)),
+    *({"bits": bits, "values": "lm", "group_size": 40, "scale_format": "e4m3"} for bits in (2, 3, 4)),
+    *({"bits": 4, "values": "nf4", "group_size": size, "scale_format": "bf16"} for size in (16, 64, HIDDEN)),
+    {"bits": 3, "values": "lm", "group_size": 64, "prescaled": True},
     {"bits": 4, "group_size": 64, "prescaled": True},
     {"bits": 5, "group_size": 64, "prescaled": True, "asymmetric": True},
     {"bits": 4, "values": "e2m1", "group_size": 32, "scale_format": "e8m0", "prescaled": True},

@@ -28,6 +28,8 @@ from lowbit_kernels import PacketLayout, reference
         # e4m3 scales: the bf16 scale of the row before them, padding behind an odd number of them
         (PacketLayout(9, 4, 4, 0, "e2m1", "e4m3"), (4,), (0,), (5, 6, 8, 11, 12, 12, 12)),
         (PacketLayout(3, 4, 4, 3, "e2m1", "e4m3"), (4,), (0,), (0, 0, 2, 2, 2, 2, 8)),
+        (PacketLayout(9, 3, 4, 1, "lm", "e4m3"), (2, 1), (0, 2), (3, 4, 6, 8, 8, 8, 10)),
+        (PacketLayout(9, 4, 9, 0, "nf4"), (4,), (0,), (5, 6, 6, 8, 8, 8, 8)),
         (PacketLayout(9, 16), (), (), (18, 18, 18, 18, 18, 18, 18)),
     ],
 )
@@ -48,6 +50,9 @@ def test_sections(layout, planes, offsets, sections):
         ({"bits": 8, "group_size": 32, "values": "e4m3", "scale_format": "e8m0"}, 8.25),  # MXFP8
         ({"bits": 4, "group_size": 16, "values": "e2m1", "scale_format": "e4m3"}, 4.5 + 16 / 4096),  # NVFP4
         ({"bits": 8, "group_size": 128, "values": "e4m3"}, 8.125),
+        ({"bits": 3, "group_size": 64, "values": "lm"}, 3.25),
+        ({"bits": 4, "group_size": 32, "values": "nf4", "scale_format": "e4m3"}, 4.25 + 16 / 4096),
+        ({"bits": 4, "group_size": 4096}, 4 + 16 / 4096),
         ({"bits": 4, "group_size": 64, "asymmetric": True}, 4 + 32 / 64),
         ({"bits": 5, "asymmetric": True}, 5),
         ({"bits": 4, "group_size": 64, "prescaled": True}, 4.25),
@@ -85,6 +90,13 @@ def test_bits_of_narrow_rows_include_padding():
         ({"bits": 16, "asymmetric": True}, "asymmetric with bits=16"),
         ({"bits": 8, "values": "e4m3", "asymmetric": True}, "asymmetric with bits=8, values 'e4m3'"),
         ({"bits": 4, "group_size": 8, "scale_format": "e4m3", "asymmetric": True}, "scale_format 'e4m3'"),
+        ({"bits": 5, "group_size": 8, "values": "lm"}, "bits is 5 with values 'lm'"),
+        ({"bits": 3, "group_size": 8, "values": "nf4"}, "bits is 3 with values 'nf4'"),
+        ({"bits": 16, "values": "lm"}, "bits is 16 with values 'lm'"),
+        ({"bits": 4, "values": "lm"}, "values 'lm' with group_size=0"),
+        ({"bits": 4, "values": "nf4"}, "values 'nf4' with group_size=0"),
+        ({"bits": 4, "group_size": 8, "values": "lm", "scale_format": "e8m0"}, "scale_format 'e8m0'"),
+        ({"bits": 4, "group_size": 8, "values": "lm", "asymmetric": True}, "asymmetric with bits=4, values 'lm'"),
         ({"bits": 16, "group_size": 8, "scale_format": "e4m3"}, "must both be 0"),
     ],
 )
@@ -103,6 +115,8 @@ def test_what_has_no_meaning_is_refused(options, names):
         ({"bits": 5, "asymmetric": True, "group_size": 2, "prescaled": True}, True, False),
         ({"bits": 8, "values": "e4m3"}, True, False),
         ({"bits": 4, "values": "e2m1", "group_size": 2, "scale_format": "e8m0"}, False, False),
+        ({"bits": 3, "values": "lm", "group_size": 2}, False, False),
+        ({"bits": 4, "values": "nf4", "group_size": 4, "prescaled": True}, True, False),
         ({"bits": 16}, False, False),
     ],
 )

@@ -89,6 +89,12 @@ HAND_MADE = {
         golden.Format(4, group=2, scales="e4m3"), None, None, [NAN, 1.0, 8.0, -1.0],
         "00 18 12 3B 7F FE", [NAN, NAN, 7.984375, -0.998046875],
     ),
+    # Scale 2 = 4000. 1 and -1 are levels 15 and 0, 0 is level 7. 0.35 lies between levels 11, 0.33791524 or in bf16
+    # 173/512, and 12, 0.44070983 or 226/512, and below their middle: code B, decoded 2 * 173/512.
+    "nf4": (
+        golden.Format(4, group=4, values="nf4"), None, None, [2.0, -2.0, 0.0, 0.7],
+        "0F B7 00 40", [2.0, -2.0, 0.0, 173 / 256],
+    ),
     # 32 / 4 = 8 and -0.5 / 0.5 = -1 are grouped: scale -1 = BF80, codes -8 = 8 and 1. Decoded 8 * 4 and -1 * 0.5.
     "prescaled": (
         golden.Format(4, group=2, prescaled=True), [4.0, 0.5], None, [32.0, -0.5], "18 00 80 BF", [32.0, -0.5],

@@ -1,7 +1,8 @@
 /* Decoding sums of R packet rows with AVX-512: what is prepared once a call, and the values of 64 codes. See avx512.h.
  *
- * Codes of 4 bits index a table of 16 fp32 numbers, with the scale of a group already in it. e4m3 becomes bf16, which
- * holds all its values exactly, by tables of high and low bytes. Other integers are converted.
+ * Codes of 4 bits index a table of 16 fp32 numbers, with the scale of a group already in it; levels of fewer bits too,
+ * but without the scale. e4m3 becomes bf16, which holds all its values exactly, by tables of high and low bytes. Other
+ * integers are converted.
  */
 #ifndef LOWBIT_AVX512_DECODE_H
 #define LOWBIT_AVX512_DECODE_H
@@ -10,7 +11,8 @@
 
 #ifdef HAS_AVX512
 
-enum { NIBBLES, SIGNED_BYTES, UNSIGNED_BYTES, E4M3_BYTES };              /* codes, and how they become values */
+/* Codes, and how they become values. */
+enum { NIBBLES, SIGNED_BYTES, UNSIGNED_BYTES, E4M3_BYTES, LEVEL_BYTES };
 enum { EACH_BF16, EACH_FP32, GROUPS_OF_16, GROUPS_OF_32, GROUPS_OF_64 }; /* scales */
 
 /* One rank's part of a row. */
@@ -28,7 +30,7 @@ typedef struct {
     int way, scales;
     int tame; /* static numbers are so small that no sum overflows: all NaN come from tables, which have but one */
     uint8_t lost; /* with static scales, the byte that says "not finite" */
-    float nibble[16], *group, *group_minimum, *sum;
+    float nibble[16] /* or levels of fewer bits */, *group, *group_minimum, *sum;
     uint8_t *codes, *tail;
     int64_t codes_nbytes, readable; /* of a row of one rank: in `codes`, and wherever its codes are */
     Rank512 *rank;                  /* TOGETHER rows of R */
@@ -75,8 +77,13 @@ VECTOR int plan_static512(Decode512 *plan, Static with, uint8_t *pairs, uint8_t 
     return (all & 0xFFFF) == 0;
 }
 
-/* Values of all codes of 4 bits, before any scale; with static scales, NaN for the one that says "not finite". */
+/* Values of all codes of 4 bits, or of all levels, before any scale; with static scales, NaN for the one that says "not
+ * finite". */
 INLINE void fill_nibbles(float values[16], const Layout *at) {
+    if (has_levels(at)) {
+        memcpy(values, at->levels, 16 * sizeof(float));
+        return;
+    }
     for (int code = 0; code < 16; code++)
         values[code] = at->values == E2M1 ? small_float_value((uint32_t)code, AS_E2M1)
                                           : (float)(at->asymmetric ? code : (code ^ 8) - 8);
@@ -95,6 +102,7 @@ AVX512 static int plan_decode512(Decode512 *plan, const Layout *at, Static with,
                    : size == 32 ? GROUPS_OF_32
                                 : GROUPS_OF_64;
     plan->way = at->bits == 4         ? NIBBLES
+                : has_levels(at)      ? LEVEL_BYTES
                 : at->values == E4M3  ? E4M3_BYTES
                 : at->asymmetric      ? UNSIGNED_BYTES
                                       : SIGNED_BYTES;
@@ -110,7 +118,7 @@ AVX512 static int plan_decode512(Decode512 *plan, const Layout *at, Static with,
     float *scale = take(from, size ? R * numbers : 0, 4);
     float *minimum = take(from, at->asymmetric && size ? R * numbers : 0, 4);
     if (!from->base) return 1;
-    if (at->bits == 4) fill_nibbles(plan->nibble, at);
+    if (at->bits == 4 || has_levels(at)) fill_nibbles(plan->nibble, at);
     for (int64_t r = 0; r < R; r++) {
         plan->rank[r].scale = scale + r * numbers;
         plan->rank[r].minimum = minimum + r * numbers;
@@ -140,8 +148,9 @@ VECTOR void load_e4m3(__m512i table[4]) {
     for (int i = 0; i < 4; i++) table[i] = _mm512_loadu_si512(e4m3_bytes[i / 2] + 64 * (i % 2));
 }
 
-/* 16 integers of a byte each. */
-VECTOR __m512 integer_values(__m128i bytes, int way) {
+/* 16 codes of a byte each: integers, or places in `levels`. */
+VECTOR __m512 byte_values(__m128i bytes, __m512 levels, int way) {
+    if (way == LEVEL_BYTES) return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(bytes), levels);
     return _mm512_cvtepi32_ps(way == SIGNED_BYTES ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 }
 

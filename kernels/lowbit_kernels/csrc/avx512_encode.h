@@ -6,11 +6,11 @@
 #ifndef LOWBIT_AVX512_ENCODE_H
 #define LOWBIT_AVX512_ENCODE_H
 
-#include "avx512.h"
+#include "avx512_levels.h"
 
 #ifdef HAS_AVX512
 
-enum { SIGNED, UNSIGNED, FP8, FP4 };           /* how products become codes */
+enum { SIGNED, UNSIGNED, FP8, FP4, LEVELS };   /* how products become codes */
 enum { OF_EACH, OF_16, OF_32, OF_64 };         /* values that share an inverse scale; OF_64: or a multiple */
 enum { TO_CODES, TO_NIBBLES, TO_BYTES };       /* where codes go: to scratch, or right into the only plane */
 
@@ -20,6 +20,7 @@ typedef struct {
     int is_bf16, kind;
     int64_t codes_nbytes; /* of a row of `codes` */
     Coding coding;
+    Levels levels;
     Body body;
     uint8_t *codes, *row, *prescaled, *tail;
     float *scale, *minimum; /* of each value in the order that codes are made in, even and odd places apart */
@@ -63,20 +64,26 @@ VECTOR void spread(float *to, const float *from, const Body *body, int64_t n, in
     }
 }
 
-AVX512 static void plan_encode512(Encode512 *plan, const Layout *at, Static with, int is_bf16, Arena *from) {
+/* Returns 0 where this code cannot do it: levels that are too near to each other. */
+AVX512 static int plan_encode512(Encode512 *plan, const Layout *at, Static with, int is_bf16, Arena *from) {
     const int64_t H = at->features, G = at->groups;
     plan->at = at, plan->with = with, plan->is_bf16 = is_bf16, plan->coding = coding_of(at);
-    plan->kind = at->values == E4M3 ? FP8 : at->values == E2M1 ? FP4 : at->asymmetric ? UNSIGNED : SIGNED;
+    plan->kind = has_levels(at)       ? LEVELS
+                 : at->values == E4M3 ? FP8
+                 : at->values == E2M1 ? FP4
+                 : at->asymmetric     ? UNSIGNED
+                                      : SIGNED;
     plan_body(&plan->body, at, with.outlier_index, from);
     plan->codes_nbytes = H + BLOCK, plan->codes = take(from, TOGETHER * plan->codes_nbytes, 1);
     plan->tail = take(from, BLOCK, 4);
     plan->row = take(from, at->outliers ? H : 0, 4), plan->prescaled = take(from, at->prescaled ? H : 0, 4);
     plan->scale = take(from, H, 4), plan->minimum = take(from, H, 4);
     plan->peak = take(from, G + 16, 4), plan->lowest = take(from, G + 16, 4), plan->inverse = take(from, G + 16, 4);
-    if (!from->base) return;
-    if (at->group_size) return;
+    if (has_levels(at) && !fill_levels(&plan->levels, at)) return 0;
+    if (!from->base || at->group_size) return 1;
     spread(plan->scale, with.scale, &plan->body, at->body, H, plan->kind == FP4 ? 4.0f : 1.0f);
     if (with.minimum) spread(plan->minimum, with.minimum, &plan->body, at->body, H, 1.0f);
+    return 1;
 }
 
 /* Magnitudes to codes: small_float_code without the sign. What is beyond the largest stays so. */
@@ -94,9 +101,10 @@ VECTOR __m512i magnitude_codes(__m512 product, const SmallFloat as, int clamp) {
 
 /* Products of 32 values to words: their codes for integers, which saturate, and for e4m3, without the sign. For e2m1,
  * where they are four times the product, q, what its table wants: floor(q) + ceil(q), which is odd between two integers
- * and even on one, where ties are. `least_seen` catches what is not finite or beyond 32 bits. */
-VECTOR __m512i words32(const __m512 product[2], int kind, int clamp, __m512i *least_seen) {
+ * and even on one, where ties are. `least_seen` catches what is not finite or beyond 32 bits. `thresholds`: of levels. */
+VECTOR __m512i words32(const __m512 product[2], int kind, int clamp, __m512i thresholds, __m512i *least_seen) {
     __m512i words;
+    if (kind == LEVELS) return places32(product, thresholds);
     if (kind == FP8) {
         const __m512i lowest = _mm512_set1_epi16((short)(AS_E4M3.lowest >> 20));
         words = _mm512_packs_epi32(magnitude_codes(product[0], AS_E4M3, clamp),
@@ -128,6 +136,7 @@ VECTOR __m512i codes64(__m512i low, __m512i high, const Encode512 *plan, int kin
     if (kind == SIGNED) codes = _mm512_min_epi8(_mm512_max_epi8(codes, lowest), highest);
     if (kind == UNSIGNED) codes = _mm512_min_epu8(codes, highest);
     if (kind == FP8) codes = _mm512_min_epu8(codes, _mm512_set1_epi8(0x7E));
+    if (kind == LEVELS) codes = _mm512_permutexvar_epi8(codes, _mm512_loadu_si512(plan->levels.code));
     if (kind == FP4) {
         codes = _mm512_min_epi8(_mm512_max_epi8(codes, _mm512_set1_epi8(-64)), _mm512_set1_epi8(63));
         codes = _mm512_permutex2var_epi8(_mm512_loadu_si512(e2m1_codes), codes, _mm512_loadu_si512(e2m1_codes + 64));
@@ -172,7 +181,7 @@ VECTOR int make_codes(Encode512 *plan, const Rows *rows, const int count, int64_
                       const int leave_out) {
     const int64_t in_group = plan->at->group_size / BLOCK, nbytes = is_bf16 ? 2 : 4;
     __m512 not_finite[TOGETHER];
-    __m512i least_seen[TOGETHER];
+    __m512i least_seen[TOGETHER], thresholds = _mm512_loadu_si512(plan->levels.threshold);
     for (int q = 0; q < count; q++) not_finite[q] = _mm512_setzero_ps(), least_seen[q] = _mm512_setzero_si512();
     int64_t blocks_left = in_group, g = 0;
     for (int64_t b = 0; b < blocks_of(n); b++) {
@@ -203,7 +212,7 @@ VECTOR int make_codes(Encode512 *plan, const Rows *rows, const int count, int64_
                     if (kind == UNSIGNED) x[j] = _mm512_sub_ps(x[j], low[k][j]);
                     x[j] = _mm512_mul_ps(x[j], by[k][j]);
                 }
-                words[k] = words32(x, kind, shared == OF_EACH, &least_seen[q]);
+                words[k] = words32(x, kind, shared == OF_EACH, thresholds, &least_seen[q]);
             }
             __m512i codes = codes64(words[0], words[1], plan, kind, from, is_bf16);
             if (to == TO_NIBBLES) {
@@ -239,6 +248,8 @@ VECTOR int make_codes(Encode512 *plan, const Rows *rows, const int count, int64_
         if (leave_out) failed = MAKE_ANY(shared, count, shared == OF_EACH); \
         else if (plan->kind == FP8) failed = MAKE(FP8, shared, count, TO_BYTES, 0); \
         else if (plan->kind == FP4) failed = MAKE(FP4, shared, count, TO_NIBBLES, 0); \
+        else if (plan->kind == LEVELS && bits == 4) failed = MAKE(LEVELS, shared, count, TO_NIBBLES, 0); \
+        else if (plan->kind == LEVELS) failed = MAKE(LEVELS, shared, count, TO_CODES, 0); \
         else if (bits == 4) failed = MAKE_INTEGERS(shared, count, TO_NIBBLES); \
         else if (bits == 8) failed = MAKE_INTEGERS(shared, count, TO_BYTES); \
         else failed = MAKE_INTEGERS(shared, count, TO_CODES); \

@@ -114,7 +114,7 @@ VECTOR void best_of_groups(float *found, const uint8_t *row, const Layout *at, c
         for (int i = 0; i < 8; i++) {
             __m512i both[2];
             for (int k = 0; k < 2; k++) {
-                const int64_t start = least(first + i + 8 * k, at->groups - 1) * size;
+                const int64_t start = least((first + i + 8 * k) * size, n); /* behind the last group there is nothing */
                 both[k] = best_of_group(row, start, least(start + size, n), by, is_bf16);
             }
             part[i] = halves(both[0], both[1], by, is_bf16);

@@ -62,7 +62,7 @@ VECTOR void read_codes(const Decode512 *plan, int64_t index, const uint8_t *row)
     plan->rank[index].codes = row;
     if (at->bits != 4 && at->bits != 8) {
         uint8_t *codes = plan->codes + index * plan->codes_nbytes;
-        FOR_BITS(at->bits, unpack_row(codes, row, at, !at->asymmetric, BITS));
+        FOR_BITS(at->bits, unpack_row(codes, row, at, coding_of(at).is_signed, BITS));
         plan->rank[index].codes = codes;
     }
     if (at->bits != 4 && at->group_size && left)

@@ -55,10 +55,10 @@ VECTOR void static_values(const Decode512 *plan, const uint8_t *codes, uint64_t 
         e4m3_values(all, e4m3, v);
         return;
     }
-    v[0] = integer_values(_mm512_castsi512_si128(all), way);
-    v[1] = integer_values(_mm512_extracti32x4_epi32(all, 1), way);
-    v[2] = integer_values(_mm512_extracti32x4_epi32(all, 2), way);
-    v[3] = integer_values(_mm512_extracti32x4_epi32(all, 3), way);
+    v[0] = byte_values(_mm512_castsi512_si128(all), nibble, way);
+    v[1] = byte_values(_mm512_extracti32x4_epi32(all, 1), nibble, way);
+    v[2] = byte_values(_mm512_extracti32x4_epi32(all, 2), nibble, way);
+    v[3] = byte_values(_mm512_extracti32x4_epi32(all, 3), nibble, way);
     const __mmask64 lost = _mm512_cmpeq_epi8_mask(all, _mm512_set1_epi8((char)plan->lost));
     if (lost)
         for (int k = 0; k < 4; k++)
@@ -138,7 +138,9 @@ VECTOR void group_values(const Decode512 *plan, const Rank512 *rank, int64_t b, 
     } else {
         const uint8_t *from = left >= BLOCK ? rank->codes + BLOCK * b : plan->tail + BLOCK * (rank - plan->rank);
         if (way == E4M3_BYTES) e4m3_values(_mm512_loadu_si512(from), e4m3, v);
-        else for (int k = 0; k < 4; k++) v[k] = integer_values(_mm_loadu_si128((const __m128i *)(from + 16 * k)), way);
+        else
+            for (int k = 0; k < 4; k++)
+                v[k] = byte_values(_mm_loadu_si128((const __m128i *)(from + 16 * k)), nibble, way);
     }
     for (int k = 0; k < 4; k++) {
         v[k] = _mm512_mul_ps(v[k], scale[k]);
@@ -179,14 +181,20 @@ VECTOR void sum_groups(const Decode512 *plan, const Out *out, const int of_one, 
     case UNSIGNED_BYTES: { enum { WAY = UNSIGNED_BYTES }; call; break; } \
     default: { enum { WAY = E4M3_BYTES }; call; break; } \
     }
+#define FOR_WAYS_OF_GROUPS(call) \
+    if (plan->way == LEVEL_BYTES) { enum { WAY = LEVEL_BYTES }; call; } \
+    else FOR_WAYS(call)
 #define SUM_STATIC(name, count, of_one) \
     AVX512 static void name(const Decode512 *plan, const Out *out) { \
         FOR_WAYS(sum_static_of(plan, out, count, of_one, WAY)); \
     }
 #define SUM_GROUPS(scales) \
     AVX512 static void sum_groups_##scales(const Decode512 *plan, const Out *out) { \
-        if (plan->R == 1 && !out->add) FOR_WAYS(sum_groups(plan, out, 1, WAY, scales)) \
-        else FOR_WAYS(sum_groups(plan, out, 0, WAY, scales)) \
+        if (plan->R == 1 && !out->add) { \
+            FOR_WAYS_OF_GROUPS(sum_groups(plan, out, 1, WAY, scales)) \
+        } else { \
+            FOR_WAYS_OF_GROUPS(sum_groups(plan, out, 0, WAY, scales)) \
+        } \
     }
 SUM_STATIC(sum_static, 1, 0)
 SUM_STATIC(sum_static_of_two, 2, 0)

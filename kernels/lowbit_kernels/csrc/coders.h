@@ -50,7 +50,7 @@ static void plan_encoder(Encoder *encoder, const Layout *at, Static with, int is
     plan_encode(&encoder->plain, at, with, is_bf16, from);
     encoder->fast = at->bits <= 8 && takes_avx512();
 #ifdef HAS_AVX512
-    if (encoder->fast) plan_encode512(&encoder->wide, at, with, is_bf16, from);
+    if (encoder->fast) encoder->fast = plan_encode512(&encoder->wide, at, with, is_bf16, from);
 #endif
 }
 

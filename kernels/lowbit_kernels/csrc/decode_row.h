@@ -40,11 +40,12 @@ INLINE void prepare_decode(DecodePlan *plan) {
 }
 
 /* What a row of codes means, beside the scales. */
-typedef struct { int32_t sign, lost; } Meaning;
+typedef struct { int32_t sign, lost; const float *levels; } Meaning;
 
 /* The value of a code before any scale. `lost`, where a code says "not finite", gives NaN. */
 INLINE float value_of(uint32_t code, Meaning means, int kind, int has_lost) {
     float value;
+    if (kind >= LM) return means.levels[code];
     if (kind == INTEGER) {
         value = (float)((int32_t)(code ^ (uint32_t)means.sign) - means.sign);
     } else if (kind == E4M3) {
@@ -78,6 +79,7 @@ INLINE void add_values_of(float *sum, const uint8_t *codes, const float *scale, 
                           Meaning means, int kind, const int shared, const int start) {
     if (kind == E4M3) add_values(sum, codes, scale, 0, n, means, E4M3, shared, 0, start);
     else if (kind == E2M1) add_values(sum, codes, scale, 0, n, means, E2M1, shared, 0, start);
+    else if (kind >= LM) add_values(sum, codes, scale, 0, n, means, LM, shared, 0, start);
     else if (minimum) add_values(sum, codes, scale, minimum, n, means, INTEGER, shared, 1, start);
     else add_values(sum, codes, scale, 0, n, means, INTEGER, shared, 0, start);
 }
@@ -90,7 +92,7 @@ INLINE int add_body(DecodePlan *plan, float *sum, const uint8_t *row, int64_t r,
     const int kind = (int)at->values, asymmetric = (int)at->asymmetric;
     const float *scale = plan->with.scale ? plan->with.scale + r * plan->with.scale_row : 0;
     const float *minimum = plan->with.minimum ? plan->with.minimum + r * plan->with.minimum_row : 0;
-    const Meaning means = {asymmetric ? 0 : 1 << (at->bits - 1), coding_of(at).lost};
+    const Meaning means = {asymmetric ? 0 : 1 << (at->bits - 1), coding_of(at).lost, at->levels};
     unpack_planes(at, plan->codes, row);
     if (!size) {
         add_values_of(sum, plan->codes, scale, minimum, n, means, kind, 0, start);

@@ -85,6 +85,24 @@ INLINE void codes_group(uint8_t *restrict codes, const uint8_t *restrict body, c
         codes[i] = code_of((as_float(element_bits(body, i, is_bf16)) - minimum) * inverse, kind, lowest, highest);
 }
 
+/* The same of levels: how many thresholds a product exceeds, out of `count`, a constant. */
+INLINE void codes_levels(uint8_t *restrict codes, const uint8_t *restrict body, const int is_bf16, int64_t n,
+                         float inverse, const float *restrict thresholds, const int count) {
+    for (int64_t i = 0; i < n; i++) {
+        const float product = as_float(element_bits(body, i, is_bf16)) * inverse;
+        int32_t code = 0;
+        for (int k = 0; k < count; k++) code += product > thresholds[k];
+        codes[i] = (uint8_t)code;
+    }
+}
+
+INLINE void codes_levels_of(const Layout *at, uint8_t *codes, const uint8_t *body, const int is_bf16, int64_t n,
+                            float inverse) {
+    if (at->bits == 2) codes_levels(codes, body, is_bf16, n, inverse, at->thresholds, 3);
+    else if (at->bits == 3) codes_levels(codes, body, is_bf16, n, inverse, at->thresholds, 7);
+    else codes_levels(codes, body, is_bf16, n, inverse, at->thresholds, 15);
+}
+
 /* The value of largest magnitude of a group, positive on a tie (or that magnitude); NaN where one is not finite. The
  * order of magnitudes is that of their bits as integers, whose maximum, unlike that of floats, vectorises. */
 INLINE float group_peak(const uint8_t *restrict body, const int is_bf16, int64_t n, int is_signed) {
@@ -133,6 +151,7 @@ INLINE void encode_groups(EncodePlan *plan, const uint8_t *body, const int is_bf
         if (plan->peak[g] != plan->peak[g] || minimum != minimum) memset(codes, 0, (size_t)n);
         else if (as->kind == E4M3) codes_group(codes, body, is_bf16, n, inverse, 0.0f, E4M3, 0, 0);
         else if (as->kind == E2M1) codes_group(codes, body, is_bf16, n, inverse, 0.0f, E2M1, 0, 0);
+        else if (has_levels(at)) codes_levels_of(at, codes, body, is_bf16, n, inverse);
         else codes_group(codes, body, is_bf16, n, inverse, minimum, INTEGER, as->lowest, as->highest);
     }
 }

@@ -8,7 +8,7 @@
 
 /* How values become codes: what stays the same for a whole call. */
 typedef struct {
-    int kind; /* INTEGER, E4M3 or E2M1 */
+    int kind; /* Layout.values */
     int is_signed, lowest, highest;
     int lost; /* with static scales, the code of a value that is not finite */
 } Coding;
@@ -21,7 +21,7 @@ typedef struct { int bits, mantissa_bits; uint32_t lowest; float largest; } Smal
 
 INLINE Coding coding_of(const Layout *at) {
     const int top = at->bits > 8 ? 1 : 1 << (at->bits - 1); /* plain values have no codes */
-    Coding coding = {(int)at->values, !at->asymmetric, -top, top - 1, 0};
+    Coding coding = {(int)at->values, !at->asymmetric && !has_levels(at), -top, top - 1, 0};
     if (at->asymmetric) {
         coding.lowest = 0, coding.highest = 2 * top - 1;
         if (!at->group_size) coding.highest--, coding.lost = coding.highest + 1;
@@ -69,6 +69,7 @@ INLINE float e8m0_value(uint32_t byte) {
  * range for asymmetric layouts. Rounded once, from double. */
 INLINE float step_of_peak(const Layout *at) {
     const int top = 1 << (at->bits - 1);
+    if (has_levels(at)) return at->values == LM ? -1.0f : 1.0f;
     if (at->asymmetric) return (float)(1.0 / (2 * top - 1));
     if (at->scale_format == SCALE_E8M0) return at->values == INTEGER ? (float)(1.0 / (top - 1)) : 1.0f;
     if (at->values == INTEGER) return at->bits == 8 ? (float)(1.0 / 127) : -1.0f / (float)top;
@@ -76,6 +77,7 @@ INLINE float step_of_peak(const Layout *at) {
 }
 
 INLINE int peak_is_signed(const Layout *at) {
+    if (at->values == LM) return 1;
     return at->values == INTEGER && at->bits < 8 && !at->asymmetric && at->scale_format != SCALE_E8M0;
 }
 
