@@ -88,6 +88,8 @@ def library() -> ctypes.CDLL:
     library.lowbit_decode_foretold.argtypes = [
         *(pointer, pointer, integer, integer, pointer, integer, pointer, pointer, pointer, pointer)
     ]
+    library.lowbit_rotate.argtypes = [pointer, integer, integer, pointer, integer, flag]
+    library.lowbit_rotate.restype = None
     library.lowbit_only_plain.argtypes = [flag]
     library.lowbit_only_plain.restype = None
     return library

@@ -5,6 +5,7 @@
  * encode_row.h and decode_row.h, of which the compiler makes a clone for AVX2. Must be built without -ffast-math.
  */
 #include "feedback.h"
+#include "rotate.h"
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -219,6 +220,12 @@ EXPORT int lowbit_decode_foretold(const Layout *at, const uint8_t *packet, int64
     }
     free(room);
     return DONE;
+}
+
+/* Rotate T rows of fp32 in place, or back. */
+EXPORT void lowbit_rotate(float *rows, int64_t row_values, int64_t T, const Run *runs, int64_t count, int inverse) {
+    const int fast = takes_avx512();
+    for (int64_t t = 0; t < T; t++) rotate_row(rows + t * row_values, runs, count, inverse, fast);
 }
 
 /* setuptools expects a module here. It is loaded with ctypes: it needs neither Python.h nor a Python version. */
