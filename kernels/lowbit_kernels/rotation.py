@@ -159,7 +159,7 @@ def values_of_rows(
     add: bool,
     rotate: Rotate,
 ) -> None:
-    """What decoded rows `[T, H + K]`, or sums of them, stand for: written into fp32 `out_TH`, or added. Spends `rows`."""
+    """What decoded rows `[T, H + K]`, or sums of them, stand for, into fp32 `out_TH`, or added to it. Spends `rows`."""
     hidden = rotation.features
     body_TH = rows[:, :hidden]
     rotate(body_TH, rotation, inverse=True)

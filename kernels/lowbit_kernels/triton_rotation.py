@@ -54,7 +54,7 @@ def _rotate(
     INVERSE: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Transforms of 2^LOG_SIZE of `values` features from `start` on. Signed runs are one transform, which fills its tile."""
+    """Transforms of 2^LOG_SIZE of `values` features from `start` on. A signed run is one, which fills its tile."""
     program = tl.program_id(0)
     at = (program % tiles) * TILE + tl.arange(0, TILE)
     mask = at < values

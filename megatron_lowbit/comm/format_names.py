@@ -15,9 +15,10 @@ OUTLIER_DIVISOR = 64
 GRAMMAR = (
     "exact, bf16, int2 to int8, fp8 (e4m3), fp4 (e2m1), mxfp4, mxfp8, nvfp4; behind codes -group or -gN (a scale for "
     "every N values, else calibrated static scales), -e8m0 or -e4m3 (one-byte group scales), -asym (integers from a "
-    "minimum on), -prescaled (groups), and -outlier or -random (1/64 of the features as BF16), as in int4-g32-asym; "
-    "REDUCE+GATHER for two different stages; then ':one-stage' and, with -random, ':seed=N'; ':loop' and ':predict' or "
-    "':predict=RANK' for what goes beyond partial sums"
+    "minimum on), -prescaled (groups), -hadamardN or -rotated (groups; every N features mixed, or all), and -outlier "
+    "or -random (1/64 of the features as BF16), as in int4-g32-asym; REDUCE+GATHER for two different stages; then "
+    "':one-stage' and, with -random, ':seed=N'; ':loop' and ':predict' or ':predict=RANK' for what goes beyond "
+    "partial sums"
 )
 _BASES = {
     "exact": WireFormat(32),
@@ -37,7 +38,7 @@ def parse_format(name: str) -> tuple[WireFormat, OutlierChoice]:
     """The format of one stage, and how its BF16 features are chosen.
 
     A base (`int4`, `fp8`, `nvfp4`), then options in any order, each of them once, behind hyphens: `gN` or `group` (64
-    values a scale, 128 of 8 bits), `e8m0`, `e4m3`, `asym`, `prescaled`, `outlier`, `random`.
+    values a scale, 128 of 8 bits), `e8m0`, `e4m3`, `asym`, `prescaled`, `rotated`, `hadamardN`, `outlier`, `random`.
     Raises ValueError for any other name, and for combinations that have no meaning; `GRAMMAR` says what there is.
     """
     base, *options = name.split("-")
@@ -60,12 +61,15 @@ def _option(option: str, wire: WireFormat) -> tuple[str, Any]:
     """The field of a WireFormat that an option sets, and its value."""
     if re.fullmatch("g[1-9][0-9]{0,8}", option):
         return "group_size", int(option[1:])
+    if re.fullmatch("hadamard[1-9][0-9]{0,8}", option):
+        return "rotation", int(option.removeprefix("hadamard"))
     named = {
         "group": ("group_size", 128 if wire.bits == 8 else 64),
         "e8m0": ("scale_format", "e8m0"),
         "e4m3": ("scale_format", "e4m3"),
         "asym": ("asymmetric", True),
         "prescaled": ("prescaled", True),
+        "rotated": ("rotation", "full"),
         "outlier": ("outlier_divisor", OUTLIER_DIVISOR),
         "random": ("outlier_divisor", OUTLIER_DIVISOR),
     }
