@@ -90,7 +90,8 @@ def build_all_reduce(
     point, for errors. saturation: counts what the codecs of both stages encode. policy: chooses by message size between
     the two-stage scheme, its one-stage form and the exact partials (of `dtype`); None: the scheme as it stands.
     workspace: buffers shared with other sync points. piece_nbytes: of two stages without a policy. symmetric: memory
-    that the ranks' GPUs share; two-stage messages that fit go through it, unless rotated or their saturation is counted.
+    that the ranks' GPUs share; two-stage messages that fit go through it, but for rotated ones and where saturation is
+    counted.
     post_norm: a norm stands between this sum and the residual.
     """
     if context.size == 1:
