@@ -18,7 +18,7 @@ from lowbit_kernels.rotation import Rotation, check_rows, sign_bits
 _CPU = torch.device("cpu")
 
 
-class _Runs:
+class CRuns:
     """`Run` of csrc/rotate.h, one after the other. It holds the addresses of `signs`."""
 
     def __init__(self, rotation: Rotation) -> None:
@@ -36,7 +36,8 @@ def _one_bit_each(bits: Tensor) -> Tensor:
     return (flags.view(-1, 32) << torch.arange(32)).sum(dim=1).to(torch.int32)
 
 
-_c_runs = functools.lru_cache(maxsize=256)(_Runs)
+#: Kept for good, since C reads them at their addresses.
+c_runs = functools.cache(CRuns)
 
 
 def rotate(rows_TH: Tensor, rotation: Rotation, inverse: bool = False) -> None:
@@ -47,7 +48,7 @@ def rotate(rows_TH: Tensor, rotation: Rotation, inverse: bool = False) -> None:
         rows_TH.data_ptr(),
         rows_TH.stride(0),
         rows_TH.shape[0],
-        _c_runs(rotation).struct,
+        c_runs(rotation).struct,
         len(rotation.runs),
         inverse,
     )

@@ -127,51 +127,6 @@ def rotate(rows_TH: Tensor, rotation: Rotation, inverse: bool = False) -> None:
         window.copy_(one_nan(values if signs is None or not inverse else _signed(values, signs)))
 
 
-def rotated_rows(
-    x_TH: Tensor, rotation: Rotation, inverse_factor_H: Tensor | None, outlier_index: Tensor | None, rotate: Rotate
-) -> Tensor:
-    """What is encoded of fp32 or bf16 `x_TH`: fp32 `[T, H + K]`, `x` times factors, rotated, and its K outliers as is.
-
-    Outliers are 0 where they are rotated. They are taken out before, because one large feature would raise all that it
-    is mixed with.
-    """
-    tokens, hidden = x_TH.shape
-    outliers = 0 if outlier_index is None else outlier_index.shape[0]
-    rows = torch.empty(tokens, hidden + outliers, device=x_TH.device)
-    body_TH = rows[:, :hidden]
-    if inverse_factor_H is None:
-        body_TH.copy_(x_TH)
-    else:
-        torch.mul(x_TH, inverse_factor_H, out=body_TH)
-    if outlier_index is not None:
-        body_TH.index_fill_(1, outlier_index, 0.0)
-        rows[:, hidden:] = x_TH.index_select(1, outlier_index)
-    rotate(body_TH, rotation)
-    return rows
-
-
-def values_of_rows(
-    rows: Tensor,
-    rotation: Rotation,
-    factor_H: Tensor | None,
-    outlier_index: Tensor | None,
-    out_TH: Tensor,
-    add: bool,
-    rotate: Rotate,
-) -> None:
-    """What decoded rows `[T, H + K]`, or sums of them, stand for, into fp32 `out_TH`, or added to it. Spends `rows`."""
-    hidden = rotation.features
-    body_TH = rows[:, :hidden]
-    rotate(body_TH, rotation, inverse=True)
-    if factor_H is not None:
-        body_TH *= factor_H
-    if outlier_index is not None:
-        body_TH[:, outlier_index] = rows[:, hidden:]
-    values_TH = out_TH.add_(body_TH) if add else out_TH.copy_(body_TH)
-    if add or factor_H is not None:
-        values_TH.masked_fill_(values_TH.isnan(), torch.nan)  # hardware disagrees about NaN bits
-
-
 def check_rows(rows_TH: Tensor, rotation: Rotation) -> None:
     """Raise ValueError for anything that does not fit."""
     if rows_TH.dtype is not torch.float32 or rows_TH.dim() != 2 or rows_TH.shape[1] != rotation.features:

@@ -91,8 +91,7 @@ def build_all_reduce(
     the two-stage scheme, its one-stage form and the exact partials (of `dtype`); None: the scheme as it stands.
     workspace: buffers shared with other sync points. piece_nbytes: of two stages without a policy. symmetric: memory
     that the ranks' GPUs share; two-stage messages that fit go through it, but for rotated ones and where saturation is
-    counted.
-    post_norm: a norm stands between this sum and the residual.
+    counted. post_norm: a norm stands between this sum and the residual.
     """
     if context.size == 1:
         return SingleRankAllReduce()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
+from lowbit_kernels import Backend
 from lowbit_kernels import reference as kernels
-from lowbit_kernels.rotation import Rotation, rotate, rotated_rows, values_of_rows
+from lowbit_kernels.mixed import Composed, Mixing
+from lowbit_kernels.rotation import Rotation
 from megatron_lowbit.comm.constants import SyncPointConstants
 from megatron_lowbit.comm.schemes import CommScheme
 from megatron_lowbit.comm.wire_format import WireFormat
@@ -23,15 +26,13 @@ def encode(
     minimum_D: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The packet `[T, B]` of `x_TH`."""
-    hidden = x_TH.shape[1]
-    layout = wire.packet_layout(hidden)
-    body, outliers = _indices(wire, hidden, constants)
-    inverse = None if scale_D is None else 1.0 / scale_D
-    if wire.rotation:
-        features = constants.outlier_index if layout.outliers else None
-        x_TH, inverse = rotated_rows(x_TH, Rotation(hidden, wire.rotation), inverse, features, rotate), None
+    layout = wire.packet_layout(x_TH.shape[1])
     packet_TB = torch.empty(x_TH.shape[0], layout.row_nbytes, dtype=torch.uint8)
-    kernels.encode(x_TH, layout, packet_TB, inverse, body, outliers, minimum_D)
+    if wire.rotation:
+        _mixed().encode_mixed(x_TH, layout, packet_TB, _mixing(wire, x_TH.shape[1], constants, scale_D))
+        return packet_TB
+    body, outliers = (constants.body_index, constants.outlier_index) if layout.outliers else (None, None)
+    kernels.encode(x_TH, layout, packet_TB, None if scale_D is None else 1.0 / scale_D, body, outliers, minimum_D)
     return packet_TB
 
 
@@ -46,13 +47,11 @@ def decode_sum(
     """FP32 sum `[T, H]` of packets in rank order; of a rotated format rotated back once, behind the sum."""
     layout = wire.packet_layout(hidden)
     out_TH = torch.empty(packets[0].shape[0], hidden)
-    if not wire.rotation:
-        kernels.decode_sum(packets, layout, out_TH, scale_RD, *_indices(wire, hidden, constants), minimum_RD)
+    if wire.rotation:
+        _mixed().decode_mixed(packets, layout, out_TH, _mixing(wire, hidden, constants, _row(scale_RD, 0)))
         return out_TH
-    rows = torch.empty(packets[0].shape[0], layout.features)
-    kernels.decode_sum(packets, layout, rows, None, *_indices(wire, hidden, constants))
-    factor_H, features = _row(scale_RD, 0), constants.outlier_index if layout.outliers else None
-    values_of_rows(rows, Rotation(hidden, wire.rotation), factor_H, features, out_TH, False, rotate)
+    body, outliers = (constants.body_index, constants.outlier_index) if layout.outliers else (None, None)
+    kernels.decode_sum(packets, layout, out_TH, scale_RD, body, outliers, minimum_RD)
     return out_TH
 
 
@@ -84,16 +83,13 @@ def all_reduce(partials: Sequence[torch.Tensor], scheme: CommScheme, constants: 
     return quantise(sum_TH, scheme.gather_stage, constants, *static)
 
 
-def _indices(
-    wire: WireFormat, hidden: int, constants: SyncPointConstants
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Body features and outliers of a packet's rows: of rotated ones, the first H and the K behind them."""
-    if not wire.outlier_count(hidden):
-        return None, None
-    if wire.rotation:
-        places = torch.arange(wire.packet_layout(hidden).features)
-        return places[:hidden], places[hidden:]
-    return constants.body_index, constants.outlier_index
+def _mixed() -> Composed:
+    return Composed(cast(Backend, kernels))
+
+
+def _mixing(wire: WireFormat, hidden: int, constants: SyncPointConstants, factor_H: torch.Tensor | None) -> Mixing:
+    outliers = constants.outlier_index if wire.outlier_count(hidden) else None
+    return Mixing(Rotation(hidden, wire.rotation), factor_H, outliers)
 
 
 def _row(constants_RD: torch.Tensor | None, sender: int) -> torch.Tensor | None:

@@ -8,7 +8,8 @@ import torch
 
 from lowbit_kernels import Backend
 from lowbit_kernels.foretell import Share, unsent
-from lowbit_kernels.rotation import Rotation, get_rotate, rotated_rows, values_of_rows
+from lowbit_kernels.mixed import Mixing, get_mixed
+from lowbit_kernels.rotation import Rotation
 from megatron_lowbit.comm.codec import Codec, requantize_in_steps
 from megatron_lowbit.comm.saturation import SaturationCounter
 from megatron_lowbit.comm.wire_format import WireFormat
@@ -19,9 +20,8 @@ from megatron_lowbit.comm.wire_format import WireFormat
 class RotatedCodec(Codec):
     """A Codec of a rotated format.
 
-    Packets are of rows [H rotated features | K outliers]; see `rotated_rows`. A rotation is linear: packets are summed
-    as they arrive, and the sum is rotated back, once. So all senders share the factors of a prescaled format,
-    `factor_1H`.
+    Packets are of rows [H rotated features | K outliers], see `Mixing`. A rotation is linear: packets are summed as
+    they arrive, and the sum is rotated back, once. So all senders share the factors of a prescaled format, `factor_1H`.
     """
 
     rotates = True
@@ -35,22 +35,12 @@ class RotatedCodec(Codec):
         factor_1H: torch.Tensor | None = None,
         saturation: SaturationCounter | None = None,
     ) -> None:
-        outliers = wire_format.outlier_count(hidden)
-        places = None
-        if outliers:
-            assert outlier_index is not None
-            places = torch.arange(hidden + outliers, device=outlier_index.device)
-        super().__init__(
-            wire_format, hidden, backend,
-            None if places is None else places[:hidden], None if places is None else places[hidden:],
-            saturation=saturation,
-        )  # fmt: skip
         assert (factor_1H is not None) == wire_format.prescaled and (factor_1H is None or len(factor_1H) == 1)
-        self._rotation = Rotation(hidden, wire_format.rotation)
-        self._rotate = get_rotate(backend)
-        self._features = outlier_index if outliers else None
-        self._factor_H = None if factor_1H is None else factor_1H[0]
-        self._inverse_factor_H = None if factor_1H is None else 1.0 / factor_1H[0]
+        features = outlier_index if wire_format.outlier_count(hidden) else None
+        factor_H = None if factor_1H is None else factor_1H[0]
+        self._mixing = Mixing(Rotation(hidden, wire_format.rotation), factor_H, features)
+        self._mixed = get_mixed(backend)
+        super().__init__(wire_format, hidden, backend, *self._mixing.places, saturation=saturation)
 
     def encode(self, x_TH: torch.Tensor, sender: int, packet_TB: torch.Tensor | None = None) -> torch.Tensor:
         """See `Codec.encode`."""
@@ -58,26 +48,26 @@ class RotatedCodec(Codec):
             packet_TB = torch.empty(x_TH.shape[0], self.layout.row_nbytes, dtype=torch.uint8, device=x_TH.device)
         if self._saturation is not None:
             self._saturation.count(x_TH, None)
-        rows = rotated_rows(x_TH, self._rotation, self._inverse_factor_H, self._features, self._rotate)
-        self._backend.encode(rows, self.layout, packet_TB, None, self._body_index, self._outlier_index)
+        self._mixed.encode_mixed(x_TH, self.layout, packet_TB, self._mixing)
         return packet_TB
 
     def decode(
         self, packet_TB: torch.Tensor, sender: int, out_TH: torch.Tensor | None = None, add: bool = False
     ) -> torch.Tensor:
         """See `Codec.decode`."""
-        rows = torch.empty(packet_TB.shape[0], self.layout.features, device=packet_TB.device)
-        self._backend.decode(packet_TB, self.layout, rows, None, self._body_index, self._outlier_index)
-        return self._values(rows, out_TH, add)
+        if out_TH is None:
+            out_TH = self._room(packet_TB)
+        self._mixed.decode_mixed([packet_TB], self.layout, out_TH, self._mixing, add)
+        return out_TH
 
     def decode_sum(
         self, packets_RTB: Sequence[torch.Tensor] | torch.Tensor, out_TH: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `Codec.decode_sum`; added in rank order as they arrive, rotated."""
-        first = packets_RTB[0]
-        rows = torch.empty(first.shape[0], self.layout.features, device=first.device)
-        self._backend.decode_sum(packets_RTB, self.layout, rows, None, self._body_index, self._outlier_index)
-        return self._values(rows, out_TH, add=False)
+        if out_TH is None:
+            out_TH = self._room(packets_RTB[0])
+        self._mixed.decode_mixed(packets_RTB, self.layout, out_TH, self._mixing)
+        return out_TH
 
     def requantize(self, packets_RTB: Sequence[torch.Tensor], gather: Codec, packet_TB: torch.Tensor) -> None:
         """See `Codec.requantize`."""
@@ -109,11 +99,8 @@ class RotatedCodec(Codec):
         if share is not None:
             out_TH += share.values()
 
-    def _values(self, rows: torch.Tensor, out_TH: torch.Tensor | None, add: bool) -> torch.Tensor:
-        if out_TH is None:
-            out_TH = torch.empty(rows.shape[0], self._rotation.features, device=rows.device)
-        values_of_rows(rows, self._rotation, self._factor_H, self._features, out_TH, add, self._rotate)
-        return out_TH
+    def _room(self, packet_TB: torch.Tensor) -> torch.Tensor:
+        return torch.empty(packet_TB.shape[0], self._mixing.rotation.features, device=packet_TB.device)
 
 
 def make_codec(
