@@ -15,6 +15,7 @@ from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.compensation import CompensatedAllReduce
 from megatron_lowbit.comm.constants import NO_CONSTANTS, SyncPointConstants
 from megatron_lowbit.comm.predictor import PredictorOnDevice
+from megatron_lowbit.comm.rotated_codec import make_codec
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.comm.sync_point import Norm, join_sum
 from megatron_lowbit.layers.kv_cache import TokenBatch
@@ -109,20 +110,20 @@ def format_errors(
     def measuring(name: str) -> ErrorMeasuringAllReduce:
         collective = build_all_reduce(context, exact, hidden, NO_CONSTANTS)
         assert not isinstance(collective, CompensatedAllReduce)
-        shared: dict[int, SyncPointConstants] = {}
-        for scheme in schemes:  # the constants of prescaled formats differ by their outliers only
-            if scheme.reduce_stage.outlier_divisor not in shared:
+        shared: dict[tuple[int, bool], SyncPointConstants] = {}
+        for scheme in schemes:
+            if _kind(scheme) not in shared:
                 constants = constants_from_statistics(scheme, name, calibration.sync_points[name])
-                shared[scheme.reduce_stage.outlier_divisor] = constants.to(context.device)
+                shared[_kind(scheme)] = constants.to(context.device)
         predictor = next(iter(shared.values())).predictor
 
         def codecs(scheme: CommScheme) -> tuple[Codec, Codec]:
             wire = scheme.reduce_stage
-            constants = shared[wire.outlier_divisor]
+            constants = shared[_kind(scheme)]
             sets = constants.body_index, constants.outlier_index
             return (
-                Codec(wire, hidden, kernels, *sets, constants.reduce_scale_RD),
-                Codec(wire, hidden, kernels, *sets, constants.gather_scale_1D),
+                make_codec(wire, hidden, kernels, *sets, constants.reduce_scale_RD),
+                make_codec(wire, hidden, kernels, *sets, constants.gather_scale_1D),
             )
 
         found[name] = ErrorMeasuringAllReduce(
@@ -145,6 +146,11 @@ def format_errors(
         errors[name, 0] = [sum(of_ranks) / tally.tokens for of_ranks in zip(*all_ranks, strict=True)]
         errors[name, 1] = [total / tally.tokens for total in context.broadcast_json(tally.gather)]
     return errors
+
+
+def _kind(scheme: CommScheme) -> tuple[int, bool]:
+    """By what the constants of prescaled formats differ, and no more."""
+    return scheme.reduce_stage.outlier_divisor, bool(scheme.reduce_stage.rotation)
 
 
 def _error(codec: Codec, sender: int, x_TH: torch.Tensor, worth_TH: torch.Tensor) -> float:

@@ -102,6 +102,12 @@ def library() -> ctypes.CDLL:
     library.lowbit_decode_foretold.argtypes = [
         *(pointer, pointer, integer, integer, pointer, integer, pointer, pointer, pointer, pointer)
     ]
+    library.lowbit_rotate.argtypes = [pointer, integer, integer, pointer, integer, flag]
+    library.lowbit_rotate.restype = None
+    library.lowbit_encode_mixed.argtypes = [
+        *(pointer, pointer, integer, flag, integer, pointer, integer, pointer, pointer)
+    ]
+    library.lowbit_decode_mixed.argtypes = [pointer, *packets, pointer, integer, pointer, pointer, flag]
     library.lowbit_only_plain.argtypes = [flag]
     library.lowbit_only_plain.restype = None
     return library

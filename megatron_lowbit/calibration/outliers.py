@@ -110,8 +110,8 @@ def _body_constants(
     maximum: torch.Tensor,
     rms: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Scales and minimums of the features that travel as codes, derived from theirs alone."""
-    if wire.outlier_divisor and sets.body_index is not None:
+    """Scales and minimums of the features that travel as codes, derived from theirs alone; all do where rotated."""
+    if wire.outlier_divisor and sets.body_index is not None and not wire.rotation:
         minimum, maximum = minimum[..., sets.body_index], maximum[..., sets.body_index]
         rms = None if rms is None else rms[..., sets.body_index]
     scale, lowest = static_constants(wire, minimum, maximum, rms)

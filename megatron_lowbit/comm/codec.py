@@ -17,9 +17,13 @@ from megatron_lowbit.comm.wire_format import WireFormat
 class Codec:
     """Encodes rows of partial sums and decodes packets.
 
+    rotates: where true (`RotatedCodec`), packets are not of rows as they come, and no kernel goes right to them.
+
     scale_RD, minimum_RD: FP32, one row of static constants for each sender (one row for the gather stage, whose values
     all owners encode alike); None for formats that have no use for them. saturation: counts what is encoded, if given.
     """
+
+    rotates = False
 
     def __init__(
         self,
@@ -103,8 +107,8 @@ class Codec:
 
     def requantize(self, packets_RTB: Sequence[torch.Tensor], gather: Codec, packet_TB: torch.Tensor) -> None:
         """The packet of the sum of one packet from each rank: `decode_sum`, then `gather.encode`, in one pass."""
-        if gather._saturation is not None:  # it wants to see the sums
-            gather.encode(self.decode_sum(packets_RTB), sender=0, packet_TB=packet_TB)
+        if gather.rotates or gather._saturation is not None:  # it wants to see the sums
+            requantize_in_steps(self, packets_RTB, gather, packet_TB)
             return
         self._backend.requantize(
             packets_RTB,
@@ -156,6 +160,9 @@ class Codec:
         if owed_TH is None:
             self.requantize(packets_RTB, gather, packet_TB)
             return
+        if gather.rotates:
+            requantize_in_steps(self, packets_RTB, gather, packet_TB, owed_TH)
+            return
         if gather._saturation is not None:
             limit_H = None if gather._limit_RH is None else gather._limit_RH[0]
             gather._saturation.count(self.decode_sum(packets_RTB).add_(owed_TH), limit_H)
@@ -191,6 +198,22 @@ class Codec:
             self._outlier_index,
             _row(self._minimum_RD, sender),
         )
+
+
+def requantize_in_steps(
+    codec: Codec,
+    packets_RTB: Sequence[torch.Tensor],
+    gather: Codec,
+    packet_TB: torch.Tensor,
+    owed_TH: torch.Tensor | None = None,
+) -> None:
+    """`requantize_feedback` by way of the FP32 sum: what it means, for codecs that share no kernel."""
+    sum_TH = codec.decode_sum(packets_RTB)
+    if owed_TH is not None:
+        sum_TH += owed_TH
+    gather.encode(sum_TH, sender=0, packet_TB=packet_TB)
+    if owed_TH is not None:
+        torch.sub(sum_TH, gather.decode(packet_TB, sender=0), out=owed_TH)
 
 
 def _saturating_steps(layout: PacketLayout) -> float:

@@ -37,12 +37,15 @@ def static_constants(
     larger bound over the largest code. Asymmetric codes: both roundings go outwards, so that the whole range stays
     covered, even if it is narrow and far from 0.
     Prescaled formats: a factor is the square root of the feature's root mean square, so that wide features are evened
-    out half-way; without that statistic, of the mean absolute bound `(|minimum| + |maximum|) / 2`.
+    out half-way; without that statistic, of the mean absolute bound `(|minimum| + |maximum|) / 2`. Rotated ones have
+    one set for all ranks, from the root mean square over ranks of that: factors are multiplied back behind the sum.
     """
     if not wire.is_static:
         return None, None
     if wire.prescaled:
         typical = (minimum.abs().double() + maximum.abs().double()) / 2 if rms is None else rms.double()
+        if wire.rotation:
+            typical = typical.square().mean(dim=0, keepdim=True).sqrt()
         factor = typical.sqrt().float()
         factor = torch.maximum(factor, SMALLEST_FACTOR * factor.amax(dim=-1, keepdim=True))
         return bf16_scale(factor, 1.0), None
@@ -85,7 +88,8 @@ class SyncPointConstants:
     body_index [D], outlier_index [K]: ascending feature numbers, int64; both None where nothing is set apart.
     reduce_scale_RD: FP32 scale of every rank's partial, gather_scale_1D: of the sum; in the order of the stage's body
     (a stage without outliers has all H features), representable in BF16; None where the stage has no static scales.
-    reduce_minimum_RD, gather_minimum_1D: likewise, of asymmetric codes. A prescaled stage's factors are its scales.
+    reduce_minimum_RD, gather_minimum_1D: likewise, of asymmetric codes. A prescaled stage's factors are its scales; a
+    rotated one has those of all H features, in one row for all ranks.
     predictor, limits: for schemes that foretell partial sums, and that close the loop over depth.
     """
 

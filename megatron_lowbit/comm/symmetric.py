@@ -4,8 +4,8 @@ The first kernel encodes this rank's partials straight into the buffers of the t
 re-encodes what this rank owns and hands it to all, the third one decodes. They wait for each other on the device, so a
 CUDA graph can hold them. The bits are those of `TwoStageAllReduce`; `lowbit_kernels.symmetric` has the kernels.
 
-When not to use it: for messages beyond the reserved size, across hosts, or where something wants to see the sums in
-between (`SaturationCounter`).
+When not to use it: for messages beyond the reserved size, across hosts, for formats that are rotated, or where
+something wants to see the sums in between (`SaturationCounter`).
 """
 
 from __future__ import annotations
@@ -97,9 +97,13 @@ def reserve(
 ) -> SymmetricBuffers | None:
     """Buffers for all sync points of a model where its ranks' GPUs can address each other, else None; logged.
 
-    A collective call wherever ranks are on GPUs; on CPUs, and for schemes of one stage, nothing is asked of anybody.
+    A collective call wherever ranks are on GPUs; on CPUs, for schemes of one stage and where one is rotated, nothing is
+    asked of anybody.
     """
     if context.device.type != "cuda" or context.size == 1 or context.virtual or scheme.gather_stage is None:
+        return None
+    if scheme.reduce_stage.rotation or scheme.gather_stage.rotation:
+        logger.info("sync points: messages through the process group (features are rotated)")
         return None
     if reason := why_missing(context):
         logger.info("sync points: messages through the process group (no symmetric memory: %s)", reason)
@@ -112,7 +116,7 @@ def reserve(
 class SymmetricAllReduce:
     """`full_TH = all_reduce(partial_LTH)` over ranks that share `buffers`.
 
-    Raises ValueError for a scheme of one stage.
+    Raises ValueError for a scheme of one stage, or with a rotated one.
     """
 
     stages = 2
@@ -130,6 +134,11 @@ class SymmetricAllReduce:
 
         if scheme.gather_stage is None:
             raise ValueError(f"scheme {scheme.name!r} has one stage; symmetric memory serves schemes of two")
+        if scheme.reduce_stage.rotation or scheme.gather_stage.rotation:
+            raise ValueError(
+                f"scheme {scheme.name!r} rotates features; symmetric memory serves formats without -rotated and "
+                "-hadamardN, others go as messages (TwoStageAllReduce)"
+            )
         self._kernels = symmetric
         self._context, self._buffers, self._name = context, buffers, name
         indices = constants.body_index, constants.outlier_index

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowbit_kernels.layout import PacketLayout, ScaleFormat, Values
+from lowbit_kernels.rotation import Block, check_block
 
 #: As a group size, beyond any width: all values of a row that are not sent as BF16.
 WHOLE_ROW = 2**40
@@ -23,6 +24,7 @@ class WireFormat:
     scale_format: how the scales of groups travel: "bf16", "e4m3" (with one BF16 scale a row) or "e8m0".
     asymmetric: integers between a minimum and a maximum instead of around 0; of each group, or calibrated.
     prescaled: features are divided by calibrated factors before they are grouped.
+    rotation: features are mixed in blocks of so many (a power of two), or "full", before they are grouped; 0 for not.
 
     Raises ValueError for a combination that has no meaning.
     """
@@ -34,6 +36,7 @@ class WireFormat:
     scale_format: ScaleFormat = "bf16"
     asymmetric: bool = False
     prescaled: bool = False
+    rotation: Block = 0
 
     def __post_init__(self) -> None:
         try:
@@ -45,6 +48,13 @@ class WireFormat:
                 f"wire format: outlier_divisor is {self.outlier_divisor} with {self.bits} bits; allowed: 0, or with "
                 "2 to 8 bits a positive number"
             )
+        if self.rotation:
+            check_block(self.rotation)
+            if not layout.group_size:
+                raise ValueError(
+                    f"wire format: rotation is {self.rotation!r} with group_size 0 and {self.bits} bits; allowed: with "
+                    "a group_size, for calibrated scales of features say nothing of features that are mixed"
+                )
 
     @property
     def is_static(self) -> bool:
@@ -67,16 +77,23 @@ class WireFormat:
         return hidden // self.outlier_divisor if self.outlier_divisor else 0
 
     def packet_layout(self, hidden: int) -> PacketLayout:
-        """Where the sections of one row of `hidden` values lie."""
-        return self._layout(hidden, self.outlier_count(hidden))
+        """Where the sections of one row of `hidden` values lie.
+
+        Rotated, a row is that of `hidden` mixed features, outliers' places included, and of its outliers behind them.
+        """
+        outliers = self.outlier_count(hidden)
+        if self.rotation:
+            return replace(self._layout(hidden + outliers, outliers), prescaled=False)  # factors come before
+        return self._layout(hidden, outliers)
 
     def bits_per_value(self, hidden: int) -> float:
         """Nominal bits: codes, scales, minimums and outliers, without the padding of a row."""
-        return self.packet_layout(hidden).nominal_bits_per_value
+        layout = self.packet_layout(hidden)
+        return round(layout.nominal_bits_per_value * layout.features) / hidden  # whole bits of a row
 
     def wire_bits_per_value(self, hidden: int) -> float:
         """Bits that really travel: rows are whole multiples of 2 bytes. The same for any token count."""
-        return self.packet_layout(hidden).wire_bits_per_value
+        return 8 * self.packet_layout(hidden).row_nbytes / hidden
 
     def _layout(self, features: int, outliers: int) -> PacketLayout:
         return PacketLayout(

@@ -48,11 +48,21 @@ def counted_sends() -> Iterator[dict[str, int]]:
             setattr(holder, name, original)
 
 
-def messages(context: ParallelContext, seeds: list[int], backends: list[str], wide: bool = False) -> dict[str, Any]:
-    """Result digest, places that are not finite, and traffic of each message; backends may differ between ranks."""
+def messages(
+    context: ParallelContext,
+    seeds: list[int],
+    backends: list[str],
+    wide: bool = False,
+    schemes: list[str] | None = None,
+) -> dict[str, Any]:
+    """Result digest, places that are not finite, and traffic of each message; backends may differ between ranks.
+
+    schemes: taken in turn in place of those that messages usually have.
+    """
     rows = []
     for seed in seeds:
-        message = (draw_wide_message if wide else draw_message)(seed, context.size)
+        name = None if schemes is None else schemes[seed % len(schemes)]
+        message = draw_wide_message(seed, context.size) if wide else draw_message(seed, context.size, name)
         backend = backends[(seed + context.rank) % len(backends)]
         hidden = message.partials[0].shape[1]
         all_reduce = build_all_reduce(context, message.scheme, hidden, message.constants, backend)

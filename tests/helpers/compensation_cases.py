@@ -22,6 +22,8 @@ from megatron_lowbit.parallel import ParallelContext
 SCHEMES = (
     "int4-g64-prescaled:loop", "int4-g64-prescaled:predict=5", "int4-g40-e4m3-prescaled:predict=7:loop",
     "int4-outlier:loop", "int3-g32+int5-g32:predict=3:loop", "int4-g16-prescaled-outlier:loop:predict=8",
+    "int4-g40-e4m3-prescaled-rotated:predict=6:loop", "int4-g32-hadamard16-outlier+int5-g32-outlier:loop",
+    "int3-g32+int4-g16-prescaled-outlier-rotated:loop:predict=5",
 )  # fmt: skip
 
 

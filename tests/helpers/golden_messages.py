@@ -23,6 +23,7 @@ def golden_all_reduce(message: Message) -> np.ndarray:
     scheme, constants = message.scheme, message.constants
     hidden = message.partials[0].shape[1]
     gather = None if scheme.gather_stage is None else golden_format(scheme.gather_stage, hidden)
+    rotations = scheme.reduce_stage.rotation, 0 if scheme.gather_stage is None else scheme.gather_stage.rotation
     own = (constants.gather_scale_1D, constants.gather_minimum_1D)
     gather_scale, gather_minimum = (None if side is None else array(side)[0] for side in own)
     return golden_method.all_reduce(
@@ -34,4 +35,5 @@ def golden_all_reduce(message: Message) -> np.ndarray:
         array(constants.outlier_index),
         array(constants.reduce_minimum_RD),
         gather_minimum,
+        rotations,
     )

@@ -27,6 +27,14 @@ MORE_SCHEMES = [
     *("int5:one-stage", "int5-asym:one-stage", "mxfp4:one-stage", "int4-g64-prescaled:one-stage"),
     *("int4-g64+int8-g128", "bf16+int4-asym", "int4-outlier+int8-g128", "nvfp4+int6-random"),
 ]
+#: Features mixed in blocks or all, with each of what goes along.
+ROTATED_SCHEMES = [
+    *("int4-g64-rotated", "int3-g64-hadamard64", "int4-g40-e4m3-prescaled-rotated", "mxfp4-hadamard32"),
+    *("int4-g64-rotated-outlier", "int5-g32-asym-hadamard2-random", "nvfp4-prescaled-outlier-rotated"),
+    *("int2-g16-hadamard1024-prescaled-outlier", "int4-g64-prescaled-rotated-random+int8-g128"),
+    *("int6-asym-outlier+int4-g32-prescaled-hadamard16-outlier", "exact+int8-group-rotated", "bf16+fp8-g32-rotated"),
+    *("int4-g64-rotated:one-stage", "int4-g64-prescaled-rotated-outlier:one-stage"),
+]
 #: Values at which formats and sums do something particular: not finite, beyond bf16, denormal, ties of rounding.
 SPECIAL = (math.nan, math.inf, -math.inf, 3e38, -3e38, 3.4028235e38, 1e-45, -1e-40, 2.0**-101, 0.5, -1.5, 1.00390625)
 
@@ -57,7 +65,8 @@ def random_constants(
     def scales(rows: int, wire: WireFormat | None) -> torch.Tensor | None:
         if wire is None or not wire.is_static:
             return None
-        drawn = (torch.randn(rows, hidden - wire.outlier_count(hidden), generator=generator) * spread).exp()
+        rows, features = (1, hidden) if wire.rotation else (rows, hidden - wire.outlier_count(hidden))
+        drawn = (torch.randn(rows, features, generator=generator) * spread).exp()
         return drawn.bfloat16().float().clamp_min(2.0**-100)
 
     def minimums(wire: WireFormat | None, scale: torch.Tensor | None) -> torch.Tensor | None:

@@ -195,3 +195,23 @@ def test_a_layout_of_another_width_compiles_nothing_new(compiler):
             PacketLayout(features, 8, 0, outliers) for features, outliers in ((1056, 16), (1072, 32), (1536, 32))
         ]
         assert len({compile_for(step, layout, 2) for layout in layouts}) == 1, step
+
+
+@pytest.mark.parametrize("capability", [SM_80, SM_90])
+@pytest.mark.parametrize(("features", "block", "launches"), [(5120, "full", 2), (4096, "full", 1), (5000, 64, 2)])
+def test_rotations(compiler, capability, features, block, launches):
+    """Neither fused nor flushed, in vectors; one launch for each run."""
+    compile_for = compiler(capability)
+    from lowbit_kernels.rotation import Rotation
+    from lowbit_kernels.triton_rotation import rotate
+
+    for inverse in (False, True):
+        compile_for.launches = 0
+        rotate(torch.empty(3, features), Rotation(features, block), inverse)
+        assert compile_for.launches == launches
+        assert not re.search(r"\bfma\.|\.ftz\b|\.approx\b", compile_for.ptx) and re.search(
+            r"add[.\w]*f32", compile_for.ptx
+        )
+        if block == "full":
+            moves = accesses(compile_for.ptx)
+            assert moves["ld", 128] and moves["st", 128] and not moves["st", 32], moves

@@ -9,7 +9,7 @@ from helpers.messages import same_bits
 
 from megatron_lowbit.calibration.outliers import constants_from_statistics
 from megatron_lowbit.comm.predictor import LARGEST_CODE, Predictor
-from megatron_lowbit.comm.reference import quantise
+from megatron_lowbit.comm.reference import decode_sum, encode, quantise
 from megatron_lowbit.comm.schemes import parse_scheme
 from megatron_lowbit.parallel import ParallelContext
 
@@ -42,14 +42,18 @@ def test_a_chain_of_sums_written_out(seed):
         shares, share = [0.0] * RANKS, 0.0
         if scheme.predictor_rank:
             shares, share = foretold(constants.predictor, chain.inputs[number])
+        wire, factors, packets = scheme.reduce_stage, constants.reduce_scale_RD, []
         arrived = torch.zeros_like(residual)
         for rank in range(RANKS):
             x = chain.partials[number][rank].float() - shares[rank]
             x = x + missed[rank] if scheme.loop else x
-            scale = None if constants.reduce_scale_RD is None else constants.reduce_scale_RD[rank]
-            got = quantise(x, scheme.reduce_stage, constants, scale)
+            scale = None if factors is None else factors[0 if wire.rotation else rank]
+            packets.append(encode(x, wire, constants, scale))
+            got = quantise(x, wire, constants, scale)
             missed[rank] = x - got
             arrived = got if rank == 0 else arrived + got
+        if wire.rotation:  # rotated back once, behind the sum
+            arrived = decode_sum(packets, 96, wire, constants, factors)
         total = arrived + owed if scheme.loop else arrived
         scale = None if constants.gather_scale_1D is None else constants.gather_scale_1D[0]
         got = quantise(total, scheme.gather_stage, constants, scale)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import golden, golden_method
 from helpers.golden_messages import array, golden_all_reduce
-from helpers.messages import ALL_SCHEMES, MORE_SCHEMES, draw_message, random_values
+from helpers.messages import ALL_SCHEMES, MORE_SCHEMES, ROTATED_SCHEMES, draw_message, random_values
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -153,7 +153,7 @@ def test_reference_and_virtual_ranks_equal_golden(scheme, ranks, tokens, hidden,
             assert_same_bits(virtual(torch.stack(message.partials)), expected, f"virtual ranks ({name}), {message}")
 
 
-@pytest.mark.parametrize("name", MORE_SCHEMES)
+@pytest.mark.parametrize("name", [*MORE_SCHEMES, *ROTATED_SCHEMES])
 def test_other_formats_equal_golden(name):
     """Both stages of formats and mixes that only have a name by the grammar."""
     for seed in range(4):

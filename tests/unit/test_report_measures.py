@@ -64,7 +64,9 @@ def record(weights, scheme, calibration, window) -> dict:
     return seen
 
 
-@pytest.mark.parametrize("name", ["int4-outlier", "int4-g64", "int4-g64-prescaled:predict:loop"])
+@pytest.mark.parametrize(
+    "name", ["int4-outlier", "int4-g64", "int4-g64-prescaled:predict:loop", "int4-g64-prescaled-rotated-outlier:loop"]
+)
 def test_errors_are_those_of_the_partials_that_came(weights, calibration, name):
     scheme = parse_scheme(name)
     rows = sync_point_errors(weights, scheme, calibration, WINDOWS[:2], lambda: None)

@@ -5,6 +5,7 @@
  * encode_row.h and decode_row.h, of which the compiler makes a clone for AVX2. Must be built without -ffast-math.
  */
 #include "feedback.h"
+#include "mixed.h"
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -19,14 +20,16 @@ EXPORT void lowbit_only_plain(int on) { only_plain = on; }
 EXPORT int lowbit_uses_avx512(void) { return takes_avx512(); }
 
 /* A bad index would write outside the row, so it is worth one pass over K numbers a call. */
-static int ascending(const Layout *at, const int64_t *index) {
+static int within(const int64_t *index, int64_t count, int64_t features) {
     int64_t last = -1;
-    for (int64_t k = 0; k < at->outliers; k++) {
-        if (index[k] <= last || index[k] >= at->features) return 0;
+    for (int64_t k = 0; k < count; k++) {
+        if (index[k] <= last || index[k] >= features) return 0;
         last = index[k];
     }
     return 1;
 }
+
+static int ascending(const Layout *at, const int64_t *index) { return within(index, at->outliers, at->features); }
 
 /* Write x (T rows of fp32 or bf16) into packet. Strides are in bytes. Pointers a layout has no use for may be null. */
 EXPORT int lowbit_encode(const Layout *at, const uint8_t *x, int64_t x_row_nbytes, int is_bf16, int64_t T,
@@ -216,6 +219,58 @@ EXPORT int lowbit_decode_foretold(const Layout *at, const uint8_t *packet, int64
         run_decoder(&decoder, &packet, &packet_row_nbytes, t, count, out, out_row_values, 1);
         for (int64_t q = 0; q < count; q++)
             add_row(out + q * out_row_values, feedback.value + q * feedback.apart, at->features);
+    }
+    free(room);
+    return DONE;
+}
+
+/* Rotate T rows of fp32 in place, or back. */
+EXPORT void lowbit_rotate(float *rows, int64_t row_values, int64_t T, const Run *runs, int64_t count, int inverse) {
+    const int fast = takes_avx512();
+    for (int64_t t = 0; t < T; t++) rotate_row(rows + t * row_values, runs, count, inverse, fast);
+}
+
+/* lowbit_encode of T rows of x that are mixed first. places: of outliers in the packet's rows. */
+EXPORT int lowbit_encode_mixed(const Layout *at, const uint8_t *x, int64_t x_row_nbytes, int is_bf16, int64_t T,
+                               uint8_t *packet, int64_t packet_row_nbytes, const int64_t *places,
+                               const Mixing *mixing) {
+    const Static with = {0, 0, 0, 0, places};
+    const int64_t K = at->outliers, H = at->features - K;
+    const int fast = takes_avx512();
+    Encoder encoder;
+    Arena arena = {0, 0};
+    void *room;
+    if (!ascending(at, places) || !within(mixing->outlier_index, K, H)) return BAD_OUTLIER_INDEX;
+    plan_encoder(&encoder, at, with, 0, &arena), take(&arena, H + K, 4);
+    if (!allocate(&arena, &room)) return NO_MEMORY;
+    plan_encoder(&encoder, at, with, 0, &arena);
+    float *row = take(&arena, H + K, 4);
+    for (int64_t t = 0; t < T; t++, x += x_row_nbytes, packet += packet_row_nbytes) {
+        mix_row(row, x, mixing, H, K, is_bf16, fast);
+        run_encoder(&encoder, (const uint8_t *)row, 4 * (H + K), packet, packet_row_nbytes, 1);
+    }
+    free(room);
+    return DONE;
+}
+
+/* lowbit_decode_sum of packets of rows that were mixed. */
+EXPORT int lowbit_decode_mixed(const Layout *at, const uint8_t *const *packets, const int64_t *packet_row_nbytes,
+                               int64_t R, int64_t T, float *out, int64_t out_row_values, const int64_t *places,
+                               const Mixing *mixing, int add) {
+    const Static with = {0, 0, 0, 0, places};
+    const int64_t K = at->outliers, H = at->features - K;
+    const int fast = takes_avx512();
+    Decoder decoder;
+    Arena arena = {0, 0};
+    void *room;
+    if (!ascending(at, places) || !within(mixing->outlier_index, K, H)) return BAD_OUTLIER_INDEX;
+    plan_decoder(&decoder, at, with, R, &arena), take(&arena, H + K, 4);
+    if (!allocate(&arena, &room)) return NO_MEMORY;
+    plan_decoder(&decoder, at, with, R, &arena);
+    float *row = take(&arena, H + K, 4);
+    for (int64_t t = 0; t < T; t++, out += out_row_values) {
+        run_decoder(&decoder, packets, packet_row_nbytes, t, 1, row, H + K, 0);
+        unmix_row(out, row, mixing, H, K, add, fast);
     }
     free(room);
     return DONE;
