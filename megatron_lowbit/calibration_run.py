@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from megatron_lowbit.calibration.artifact import CommCalibration, SyncPointStati
 from megatron_lowbit.calibration.moments import SyncPointMoments
 from megatron_lowbit.calibration.observer import ObservingAllReduce, RestObservingAllReduce
 from megatron_lowbit.calibration.predictor_fit import MomentObserver, fit_predictor
+from megatron_lowbit.calibration.step_observer import BINS, StepObserver
 from megatron_lowbit.comm.all_reduce import AllReduce, build_all_reduce
 from megatron_lowbit.comm.compensation import CompensatedAllReduce
 from megatron_lowbit.comm.constants import NO_CONSTANTS
@@ -56,6 +58,7 @@ def calibrate(
     run = _Run(weights, len(groups) * len(sequences) + len(held_out), progress)
     ranges: dict[str, ObservingAllReduce] = {}
     predictors: dict[str, Predictor] = {}
+    fitted: dict[str, _Fitted] = {}
     for group in groups:
         moments = {name: MomentObserver() for name in group} if predictor_rank else {}
         seen = run.observe(sequences, moments)
@@ -63,9 +66,13 @@ def calibrate(
             context.together(functools.partial(_check_finite, name, ranges_of_point))
         ranges = ranges or seen
         for name, observer in moments.items():
+            fitted[name] = _fitted(context, observer, seen[name])
             predictors[name] = _fit(context, observer, predictor_rank)
     rests = run.observe_rests(held_out, predictors)
-    points = {name: _statistics(context, name, ranges[name], predictors.get(name), rests.get(name)) for name in ranges}
+    points = {
+        name: _statistics(context, seen, predictors.get(name), rests.get(name), fitted.get(name))
+        for name, seen in ranges.items()
+    }
     return CommCalibration(
         fingerprint=weights.fingerprint,
         tp=context.size,
@@ -155,7 +162,7 @@ def _sync_point_names(weights: ModelWeights) -> list[str]:
 
 def _groups(names: Sequence[str], hidden: int, local_ranks: int, memory_nbytes: int) -> Iterator[list[str]]:
     """Sync points whose second moments fit into the memory together; one at least."""
-    point_nbytes = 4 * (hidden + 1) * (hidden + 1 + local_ranks * hidden)
+    point_nbytes = 4 * (hidden + 1) * (hidden + 1 + local_ranks * hidden) + 4 * hidden * BINS * (local_ranks + 1)
     count = max(1, memory_nbytes // point_nbytes)
     for first in range(0, len(names), count):
         yield list(names[first : first + count])
@@ -183,12 +190,32 @@ def _fit(context: ParallelContext, observer: MomentObserver, rank: int) -> Predi
     return Predictor(**tensors)
 
 
+class _Fitted(NamedTuple):
+    """FP32, of all ranks: weighted means `[R, H]`, and steps of partials `[7, R, H]` and of the sum `[7, H]`."""
+
+    partial_mean: torch.Tensor | None = None
+    partial_step: torch.Tensor | None = None
+    sum_step: torch.Tensor | None = None
+
+
+def _fitted(context: ParallelContext, observer: MomentObserver, seen: ObservingAllReduce) -> _Fitted:
+    assert observer.cross_LIH is not None
+    # the constant 1 among the inputs summed the weighted partials up
+    mean_LH = observer.cross_LIH[:, -1] / observer.weight
+    step_BLH, sum_step_BH = seen.partial_steps.steps(), seen.sum_steps.steps()[:, 0]
+    seen.partial_steps = seen.sum_steps = StepObserver()  # the memory is needed for the next group
+    if not context.virtual:  # each rank saw its own partial only
+        rows = context.all_gather(torch.cat((mean_LH, step_BLH[:, 0])), PURPOSE)
+        mean_LH, step_BLH = rows[:, 0], rows[:, 1:].transpose(0, 1).contiguous()
+    return _Fitted(mean_LH.cpu(), step_BLH.cpu(), sum_step_BH.cpu())
+
+
 def _statistics(
     context: ParallelContext,
-    name: str,
     seen: ObservingAllReduce,
     predictor: Predictor | None,
     rest: RestObservingAllReduce | None,
+    fitted: _Fitted | None,
 ) -> SyncPointStatistics:
     partial_min, partial_max = seen.partial.minimum, seen.partial.maximum
     sum_min, sum_max = seen.sum.minimum, seen.sum.maximum
@@ -204,8 +231,9 @@ def _statistics(
         partial_min, partial_max, partial_rms, rest_partial_rms = gathered[:4]
         ratio = gathered[4][:, 0]
     moments = SyncPointMoments(
-        partial_rms.cpu(), sum_rms.cpu(), rest_partial_rms.cpu(), rest_sum_rms.cpu(), ratio.cpu(), predictor
-    )
+        partial_rms.cpu(), sum_rms.cpu(), rest_partial_rms.cpu(), rest_sum_rms.cpu(), ratio.cpu(), predictor,
+        *(fitted or _Fitted()),
+    )  # fmt: skip
     return SyncPointStatistics(
         partial_min.cpu(), partial_max.cpu(), sum_min.flatten().cpu(), sum_max.flatten().cpu(), moments
     )

@@ -5,7 +5,10 @@ scale is exact in fp32; so are the thresholds half way between them.
 
 "lm" (Lloyd-Max: levels near the means of the values they stand for): a group is scaled so that its value of largest
 magnitude, of either sign, is -1. That one is sent exactly but for the scale's rounding, and the other levels serve what
-the rest of a group looks like: denser around 0, and a little farther down than up.
+the rest of a group looks like: denser around 0, and a little farther down than up. They were found by Lloyd's algorithm
+(least squared error) on what travels between the ranks of SmolLM2 135M and Gemma 3 270M in groups of 40, prescaled,
+foretold and in the loop, half of it partial sums and half sums. Beside integers of as many bits they lose 0.4 to 0.6 dB
+less (2 bits), 0.6 to 0.8 (3) and 0.7 to 1.0 (4); levels found for one model and stage alone would gain 0.02 dB more.
 "nf4": the levels of QLoRA's 4-bit NormalFloat (arXiv 2305.14314, appendix E), for groups whose largest magnitude is 1.
 
 Any ascending numbers that begin with -1 will do. Those that are also multiples of 2^-14 whose thresholds are more than
@@ -20,11 +23,11 @@ from itertools import pairwise
 
 #: By values and bits; `levels` rounds them to bf16.
 _LEVELS: dict[tuple[str, int], tuple[float, ...]] = {
-    ("lm", 2): (-1.0, -0.35, 0.1, 0.62),
-    ("lm", 3): (-1.0, -0.6, -0.36, -0.17, 0.0, 0.18, 0.38, 0.66),
+    ("lm", 2): (-1.0, -0.3457, 0.0527, 0.4922),
+    ("lm", 3): (-1.0, -0.6172, -0.3613, -0.1563, 0.0277, 0.2197, 0.4434, 0.7383),
     ("lm", 4): (
-        *(-1.0, -0.80, -0.64, -0.51, -0.40, -0.30, -0.205, -0.115),
-        *(-0.03, 0.055, 0.145, 0.24, 0.345, 0.46, 0.60, 0.79),
+        *(-1.0, -0.7891, -0.6289, -0.4961, -0.3789, -0.2734, -0.1748, -0.0815),
+        *(0.0083, 0.0996, 0.1963, 0.2988, 0.4121, 0.5391, 0.6875, 0.8711),
     ),
     ("nf4", 4): (
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),

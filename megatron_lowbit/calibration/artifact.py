@@ -16,9 +16,9 @@ from megatron_lowbit.calibration.moments import SyncPointMoments
 from megatron_lowbit.files import replacing
 
 FORMAT = "megatron-lowbit-calibration"
-VERSION = 2
-#: Version 1 had ranges alone.
-READABLE = ("1", "2")
+VERSION = 3
+#: Version 1 had ranges alone, version 2 no means and fitted steps.
+READABLE = ("1", "2", "3")
 STATISTICS = ("partial_min", "partial_max", "sum_min", "sum_max")
 
 
@@ -91,7 +91,7 @@ class CommCalibration:
                 if metadata.get("version") not in READABLE:
                     raise ValueError(
                         f"calibration {path} has version {metadata.get('version')!r}, this program reads "
-                        f"versions {' and '.join(READABLE)}; {again}"
+                        f"versions {', '.join(READABLE)}; {again}"
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, struct.error) as error:

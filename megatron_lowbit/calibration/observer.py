@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_lowbit.calibration.predictor_fit import MomentObserver
+from megatron_lowbit.calibration.step_observer import StepObserver
 from megatron_lowbit.comm.all_reduce import AllReduce
 from megatron_lowbit.comm.predictor import PredictorOnDevice
 from megatron_lowbit.comm.sync_point import Norm, join_sum
@@ -85,7 +86,8 @@ class RatioObserver:
 class ObservingAllReduce:
     """Passes the exact sum on and records what went through: calibration is the same model with these in place.
 
-    moments: filled with products of inputs and partials while `fits` is set (memory: see `MomentObserver`).
+    moments: filled with products of inputs and partials while `fits` is set; where they are given, steps are observed
+    too (memory: see `MomentObserver` and `StepObserver`).
     """
 
     def __init__(self, exact: AllReduce, moments: MomentObserver | None = None) -> None:
@@ -94,6 +96,7 @@ class ObservingAllReduce:
         self.fits = True
         self.partial, self.sum = RangeObserver(), RangeObserver()
         self.partial_rms, self.sum_rms, self.ratio = RmsObserver(), RmsObserver(), RatioObserver()
+        self.partial_steps, self.sum_steps = StepObserver(), StepObserver()
 
     def join(
         self,
@@ -111,8 +114,12 @@ class ObservingAllReduce:
         self.partial_rms.update(partial_LTH)
         self.sum_rms.update(full_TH.unsqueeze(0))
         self.ratio.update(partial_LTH, full_TH)
-        if self._moments is not None and self.fits:
-            self._moments.update(block_input_TH, partial_LTH, full_TH)
+        if self._moments is not None:
+            weight_T = 1.0 / full_TH.square().mean(dim=1).clamp_min(1e-12)
+            self.partial_steps.update(partial_LTH, weight_T)
+            self.sum_steps.update(full_TH.unsqueeze(0), weight_T)
+            if self.fits:
+                self._moments.update(block_input_TH, partial_LTH, full_TH)
         return join_sum(full_TH, residual_TH, bias, post_norm)
 
 

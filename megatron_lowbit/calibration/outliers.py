@@ -14,6 +14,8 @@ from megatron_lowbit.comm.wire_format import WireFormat
 
 # Shapes: R ranks, H hidden features, D body features, K outliers.
 
+AGAIN = "run `megatron-lowbit calibrate` again"
+
 
 def aggregated_range(point: SyncPointStatistics) -> torch.Tensor:
     """`R_j = sum_i 2 max(|m_ij|, |M_ij|)` of every feature, FP64 `[H]` (paper section 3.1)."""
@@ -64,22 +66,33 @@ def constants_from_statistics(scheme: CommScheme, name: str, point: SyncPointSta
     if not scheme.portable:
         if moments is None:
             raise ValueError(
-                f"scheme {scheme.name!r} needs a calibration with second moments, this file has ranges alone; run "
-                "`megatron-lowbit calibrate` again"
+                f"scheme {scheme.name!r} needs a calibration with second moments, this file has ranges alone; {AGAIN}"
             )
         rank = scheme.predictor_rank
-        sets = replace(sets, predictor=moments.predictor_of_rank(rank), limits=moments.limits(rank > 0))
+        predictor = moments.constant_predictor() if scheme.centred else moments.predictor_of_rank(rank)
+        sets = replace(sets, predictor=predictor, limits=moments.limits(rank > 0))
     if not scheme.has_static_stage:
         return sets
     foretold = scheme.predictor_rank > 0
+
+    def steps(wire: WireFormat, stage: int) -> torch.Tensor | None:
+        if not wire.fitted:
+            return None
+        if moments is None:
+            raise ValueError(f"scheme {scheme.name!r} needs fitted steps, this calibration has none; {AGAIN}")
+        return moments.fitted_steps(wire.bits, foretold)[stage]
+
     partial_rms = None if moments is None else moments.rest_partial_rms if foretold else moments.partial_rms
     sum_rms = None if moments is None else moments.rest_sum_rms[None] if foretold else moments.sum_rms[None]
     bounds = point.partial_min, point.partial_max
-    reduce_scale, reduce_minimum = _body_constants(scheme.reduce_stage, sets, *bounds, partial_rms)
+    reduce_scale, reduce_minimum = _body_constants(
+        scheme.reduce_stage, sets, *bounds, partial_rms, steps(scheme.reduce_stage, 0)
+    )
     gather_scale, gather_minimum = None, None
     if scheme.gather_stage is not None:
         bounds = point.sum_min[None], point.sum_max[None]
-        gather_scale, gather_minimum = _body_constants(scheme.gather_stage, sets, *bounds, sum_rms)
+        gather_steps = steps(scheme.gather_stage, 1)
+        gather_scale, gather_minimum = _body_constants(scheme.gather_stage, sets, *bounds, sum_rms, gather_steps)
     return replace(
         sets,
         reduce_scale_RD=reduce_scale,
@@ -109,12 +122,14 @@ def _body_constants(
     minimum: torch.Tensor,
     maximum: torch.Tensor,
     rms: torch.Tensor | None,
+    fitted: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Scales and minimums of the features that travel as codes, derived from theirs alone; all do where rotated."""
     if wire.outlier_divisor and sets.body_index is not None and not wire.rotation:
         minimum, maximum = minimum[..., sets.body_index], maximum[..., sets.body_index]
         rms = None if rms is None else rms[..., sets.body_index]
-    scale, lowest = static_constants(wire, minimum, maximum, rms)
+        fitted = None if fitted is None else fitted[..., sets.body_index]
+    scale, lowest = static_constants(wire, minimum, maximum, rms, fitted)
     return (
         None if scale is None else scale.contiguous(),
         None if lowest is None else lowest.contiguous(),

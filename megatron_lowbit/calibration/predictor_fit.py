@@ -91,3 +91,19 @@ def whole_numbers(
         second_KRH.permute(1, 0, 2).to(torch.int8).contiguous(),
         scale_H.float(),
     )
+
+
+def constant_predictor(mean_RH: torch.Tensor) -> Predictor:
+    """The predictor of rank 1 that foretells these means of every rank's partials, whatever the input."""
+    _, hidden = mean_RH.shape
+    worth_RH = mean_RH.double() / LARGEST_CODE
+    scale_H = (worth_RH.abs().amax(dim=0) / LARGEST_CODE).clamp_min(1e-30).to(torch.bfloat16)
+    second_RH = (worth_RH / scale_H.double()).round().clamp(-LARGEST_CODE, LARGEST_CODE)
+    return Predictor(
+        torch.ones(hidden),
+        torch.zeros(hidden, 1, dtype=torch.int8),
+        torch.full((1,), float(LARGEST_CODE)),
+        torch.ones(1),
+        second_RH.to(torch.int8)[:, None].contiguous(),
+        scale_H.float(),
+    )

@@ -29,7 +29,11 @@ def bf16_scale(largest: torch.Tensor, largest_code: float = 7.0) -> torch.Tensor
 
 
 def static_constants(
-    wire: WireFormat, minimum: torch.Tensor, maximum: torch.Tensor, rms: torch.Tensor | None = None
+    wire: WireFormat,
+    minimum: torch.Tensor,
+    maximum: torch.Tensor,
+    rms: torch.Tensor | None = None,
+    fitted: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(scales, minimums) of a stage for values between `minimum` and `maximum`, each FP32 and representable in BF16.
 
@@ -46,9 +50,12 @@ def static_constants(
         typical = (minimum.abs().double() + maximum.abs().double()) / 2 if rms is None else rms.double()
         if wire.rotation:
             typical = typical.square().mean(dim=0, keepdim=True).sqrt()
-        factor = typical.sqrt().float()
+        factor = typical.pow(wire.exponent).float()
         factor = torch.maximum(factor, SMALLEST_FACTOR * factor.amax(dim=-1, keepdim=True))
         return bf16_scale(factor, 1.0), None
+    if wire.fitted:
+        assert fitted is not None, wire
+        return bf16_scale(fitted, 1.0), None
     if not wire.has_static_minimum:
         return bf16_scale(torch.maximum(minimum.abs(), maximum.abs()), wire.largest_code), None
     lowest = _bf16_towards(minimum.float(), -torch.inf)

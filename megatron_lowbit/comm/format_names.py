@@ -16,9 +16,11 @@ GRAMMAR = (
     "exact, bf16, int2 to int8, fp8 (e4m3), fp4 (e2m1), lm2 to lm4 and nf4 (code books), mxfp4, mxfp8, nvfp4; behind "
     "codes -group, -gN (a scale for every N values) or -token (one for every row), else calibrated static scales (not "
     "of code books), -e8m0 (not of code books) or -e4m3 (one-byte group scales), -asym (integers from a minimum on), "
-    "-prescaled (groups), -hadamardN or -rotated (groups; every N features mixed, or all), and -outlier or -random "
-    "(1/64 of the features as BF16), as in int4-g32-asym; REDUCE+GATHER for two different stages; then ':one-stage' "
-    "and, with -random, ':seed=N'; ':loop' and ':predict' or ':predict=RANK' for what goes beyond partial sums"
+    "-fitted (static scales of least squared error), -prescaled or -prescaledA (groups; by the rms to the power A, "
+    "0.5), -hadamardN or -rotated (groups; every N features mixed, or all), and -outlier, -outlierN or -random, "
+    "-randomN (1/64 or 1/N of the features as BF16), as in int4-g32-asym; REDUCE+GATHER for two different stages; then "
+    "':one-stage' and, with -random, ':seed=N'; ':loop' and ':predict', ':predict=RANK' or ':centred' for what goes "
+    "beyond partial sums"
 )
 #: Fields of a WireFormat. A base alone need not make one: levels of a code book want groups.
 _BASES: dict[str, dict[str, Any]] = {
@@ -40,8 +42,8 @@ def parse_format(name: str) -> tuple[WireFormat, OutlierChoice]:
     """The format of one stage, and how its BF16 features are chosen.
 
     A base (`int4`, `fp8`, `lm3`, `nvfp4`), then options in any order, each of them once, behind hyphens: `gN`, `group`
-    (64 values a scale, 128 of 8 bits) or `token` (a row a scale), `e8m0`, `e4m3`, `asym`, `prescaled`, `rotated`,
-    `hadamardN`, `outlier`, `random`.
+    (64 values a scale, 128 of 8 bits) or `token` (a row a scale), `e8m0`, `e4m3`, `asym`, `fitted`, `prescaled` or
+    `prescaled0.7`, `rotated` or `hadamardN`, `outlier`, `outlierN`, `random`, `randomN`.
     Raises ValueError for any other name, and for combinations that have no meaning; `GRAMMAR` says what there is.
     """
     base, *options = name.split("-")
@@ -51,31 +53,34 @@ def parse_format(name: str) -> tuple[WireFormat, OutlierChoice]:
     choice: OutlierChoice = "none"
     chosen: dict[str, Any] = {}
     for option in options:
-        field, value = _option(option, given["bits"])
-        if field in chosen or field in given:
-            raise ValueError(f"option {option!r} of {name!r} settles {field} a second time")
-        chosen[field] = value
-        if field == "outlier_divisor":
-            choice = "random" if option == "random" else "calibrated"
+        fields = _option(option, given["bits"])
+        for field in fields:
+            if field in chosen or field in given:
+                raise ValueError(f"option {option!r} of {name!r} settles {field} a second time")
+        chosen |= fields
+        if "outlier_divisor" in fields:
+            choice = "random" if option.startswith("random") else "calibrated"
     return WireFormat(**{**given, **chosen}), choice
 
 
-def _option(option: str, bits: int) -> tuple[str, Any]:
-    """The field of a WireFormat that an option sets, and its value."""
-    if re.fullmatch("g[1-9][0-9]{0,8}", option):
-        return "group_size", int(option[1:])
-    if re.fullmatch("hadamard[1-9][0-9]{0,8}", option):
-        return "rotation", int(option.removeprefix("hadamard"))
-    named = {
-        "group": ("group_size", 128 if bits == 8 else 64),
-        "token": ("group_size", WHOLE_ROW),
-        "e8m0": ("scale_format", "e8m0"),
-        "e4m3": ("scale_format", "e4m3"),
-        "asym": ("asymmetric", True),
-        "prescaled": ("prescaled", True),
-        "rotated": ("rotation", "full"),
-        "outlier": ("outlier_divisor", OUTLIER_DIVISOR),
-        "random": ("outlier_divisor", OUTLIER_DIVISOR),
+def _option(option: str, bits: int) -> dict[str, Any]:
+    """The fields of a WireFormat that an option sets."""
+    if numbered := re.fullmatch("(g|hadamard|outlier|random)([1-9][0-9]{0,8})", option):
+        field = {"g": "group_size", "hadamard": "rotation"}.get(numbered[1], "outlier_divisor")
+        return {field: int(numbered[2])}
+    if power := re.fullmatch(r"prescaled(0\.[0-9]{1,3}|1)", option):
+        return {"prescaled": True, "exponent": float(power[1])}
+    named: dict[str, dict[str, Any]] = {
+        "group": {"group_size": 128 if bits == 8 else 64},
+        "token": {"group_size": WHOLE_ROW},
+        "e8m0": {"scale_format": "e8m0"},
+        "e4m3": {"scale_format": "e4m3"},
+        "asym": {"asymmetric": True},
+        "fitted": {"fitted": True},
+        "prescaled": {"prescaled": True},
+        "rotated": {"rotation": "full"},
+        "outlier": {"outlier_divisor": OUTLIER_DIVISOR},
+        "random": {"outlier_divisor": OUTLIER_DIVISOR},
     }
     if option not in named:
         raise ValueError(f"no option of a format is called {option!r}")

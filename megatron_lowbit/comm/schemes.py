@@ -34,10 +34,11 @@ class CommScheme:
     loop: what encoders miss is made up for at the next sync point. predictor_rank: of the calibrated map that foretells
         partial sums from the block's input; 0 for none. Schemes with either need more than partial sums: the residual,
         the block's input, a state of the pass (`portable` is False).
+    centred: the calibrated mean of every rank's partials is taken out before they travel (a predictor does that too).
     points: formats of single sync points, where they are not these.
     outlier_choice: how the BF16 features are found: from calibrated ranges, or at random (seeded) as a baseline.
 
-    Raises ValueError where the stages set different features apart: one index set serves both.
+    Raises ValueError where the stages of a sync point set different features apart: one index set serves both.
     """
 
     name: str
@@ -48,8 +49,13 @@ class CommScheme:
     loop: bool = False
     predictor_rank: int = 0
     points: tuple[PointFormats, ...] = ()
+    centred: bool = False
 
     def __post_init__(self) -> None:
+        if self.centred and (self.predictor_rank or self.gather_stage is None):
+            raise ValueError(
+                f"scheme {self.name!r}: 'centred' goes with two stages, and without a predictor, which has means too"
+            )
         if self.predictor_rank < 0 or ((self.predictor_rank or self.loop) and self.gather_stage is None):
             raise ValueError(
                 f"scheme {self.name!r}: the loop and a predictor (of rank {self.predictor_rank}) go with two stages "
@@ -58,8 +64,11 @@ class CommScheme:
         names = [point.name for point in self.points]
         if len(set(names)) < len(names) or (names and self.gather_stage is None):
             raise ValueError(f"scheme {self.name!r}: formats of sync points go with two stages, each point named once")
-        divisors = {wire.outlier_divisor for wire in self._formats} - {0}
-        if len(divisors) > 1 or (divisors and self.outlier_choice == "none"):
+        own = [(self.reduce_stage, self.gather_stage)]
+        pairs = own + [(point.reduce_stage, point.gather_stage) for point in self.points]
+        of_pairs = [{wire.outlier_divisor for wire in pair if wire is not None} - {0} for pair in pairs]
+        divisors = next((each for each in of_pairs if len(each) > 1), set().union(*of_pairs))
+        if any(len(each) > 1 for each in of_pairs) or (divisors and self.outlier_choice == "none"):
             raise ValueError(
                 f"scheme {self.name!r}: outlier_divisor {sorted(divisors)} of its stages with outlier_choice "
                 f"{self.outlier_choice!r}; allowed: the same divisor in both, and 'calibrated' or 'random'"
@@ -77,7 +86,7 @@ class CommScheme:
     @property
     def portable(self) -> bool:
         """True where partial sums are all that the collective needs, so that any engine can use it."""
-        return not (self.loop or self.predictor_rank)
+        return not (self.loop or self.predictor_rank or self.centred)
 
     @property
     def needs_calibration(self) -> bool:
@@ -177,6 +186,9 @@ def parse_scheme(text: str) -> CommScheme:
         if option == "loop" and not scheme.loop:
             scheme = replace(scheme, loop=True)
             continue
+        if option == "centred" and not scheme.centred:
+            scheme = replace(scheme, centred=True)
+            continue
         if option.startswith("predict") and rank.isdecimal() and int(rank) and not scheme.predictor_rank:
             scheme = replace(scheme, predictor_rank=int(rank))
             continue
@@ -187,7 +199,7 @@ def parse_scheme(text: str) -> CommScheme:
         else:
             raise ValueError(
                 f"scheme {text!r}: unknown option {option!r}; allowed: '{ONE_STAGE}' for schemes with one format and, "
-                "for those that end in -random like int4-random, 'seed=N'; with two stages 'loop', 'predict' or "
-                "'predict=RANK'"
+                "for those that end in -random like int4-random, 'seed=N'; with two stages 'loop', 'predict', "
+                "'predict=RANK' or 'centred'"
             )
     return scheme

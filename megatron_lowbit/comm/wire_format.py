@@ -11,6 +11,10 @@ from lowbit_kernels.rotation import Block, check_block
 WHOLE_ROW = 2**40
 
 
+#: Evens features out half-way: the squared error of a group whose scale follows its largest value is least.
+EXPONENT = 0.5
+
+
 @dataclass(frozen=True)
 class WireFormat:
     """One stage's format. Its options are those of `PacketLayout`, where the bytes are described.
@@ -23,7 +27,9 @@ class WireFormat:
         scales that travel, in "bf16" or "e4m3".
     scale_format: how the scales of groups travel: "bf16", "e4m3" (with one BF16 scale a row) or "e8m0".
     asymmetric: integers between a minimum and a maximum instead of around 0; of each group, or calibrated.
-    prescaled: features are divided by calibrated factors before they are grouped.
+    prescaled: features are divided by calibrated factors before they are grouped: by their root mean square to the
+        power of `exponent`.
+    fitted: static scales are those of least squared error instead of those that cover the range.
     rotation: features are mixed in blocks of so many (a power of two), or "full", before they are grouped; 0 for not.
 
     Raises ValueError for a combination that has no meaning.
@@ -37,6 +43,8 @@ class WireFormat:
     asymmetric: bool = False
     prescaled: bool = False
     rotation: Block = 0
+    exponent: float = EXPONENT
+    fitted: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -47,6 +55,17 @@ class WireFormat:
             raise ValueError(
                 f"wire format: outlier_divisor is {self.outlier_divisor} with {self.bits} bits; allowed: 0, or with "
                 "2 to 8 bits a positive number"
+            )
+        if self.fitted and (self.group_size or self.asymmetric or self.values != "int" or not layout.has_codes):
+            raise ValueError(
+                "wire format: fitted goes with static scales of symmetric integers, so without group_size and "
+                f"asymmetric, not with group_size {self.group_size}, asymmetric={self.asymmetric}, values "
+                f"{self.values!r} and {self.bits} bits"
+            )
+        if not 0 < self.exponent <= 1 or (self.exponent != EXPONENT and not self.prescaled):
+            raise ValueError(
+                f"wire format: exponent is {self.exponent:g} with prescaled={self.prescaled}; allowed: above 0 up to "
+                f"1, and {EXPONENT:g} where features are not prescaled"
             )
         if self.rotation:
             check_block(self.rotation)
