@@ -76,7 +76,7 @@ def test_is_a_plain_safetensors_file(path):
     assert tensors[f"{NAMES[0]}.partial_min"].shape == (3, 10)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    assert metadata["format"] == "megatron-lowbit-calibration" and metadata["version"] == "2"
+    assert metadata["format"] == "megatron-lowbit-calibration" and metadata["version"] == "3"
 
 
 def test_folders_are_made_and_files_replaced(tmp_path):
