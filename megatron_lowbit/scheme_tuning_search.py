@@ -6,11 +6,15 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_lowbit.comm.format_names import OUTLIER_DIVISOR, parse_format
+from megatron_lowbit.comm.format_names import parse_format
 from megatron_lowbit.comm.wire_format import WireFormat
 
-BITS = range(2, 9)
+VALUES = ("lm2", "lm3", "lm4", "int5", "int6", "int7", "int8")
 GROUPS = (32, 40, 64, 128)
+#: Of how many features one may travel as BF16: the budget of outliers is spent where it helps.
+OUTLIER_DIVISORS = (32, 64, 128)
+#: Rotated, a row has no small groups worth their scales.
+ROTATED_GROUPS = (64, 128)
 #: A sync point's stage: its name, and 0 for reduce or 1 for gather.
 Site = tuple[str, int]
 
@@ -25,15 +29,15 @@ class Candidate:
 
 
 def candidates(hidden: int) -> list[Candidate]:
-    """2 to 8 bits, groups of 32 to 128 with BF16 or E4M3 scales, with and without BF16 features; prescaled all."""
+    """2 to 8 bits, groups of 32 to 128 with one-byte scales, with BF16 features or without, rotated or not."""
+    shares = ["", *(f"-outlier{divisor}" for divisor in OUTLIER_DIVISORS if hidden >= divisor)]
     found = []
-    for bits in BITS:
-        for group in GROUPS:
-            for scale in ("", "-e4m3"):
-                for outlier in ("", "-outlier") if hidden >= OUTLIER_DIVISOR else ("",):
-                    name = f"int{bits}-g{group}{scale}-prescaled{outlier}"
-                    wire, _ = parse_format(name)
-                    found.append(Candidate(name, wire, wire.wire_bits_per_value(hidden)))
+    for values in VALUES:
+        plain = [f"{values}-g{group}-e4m3-prescaled{share}" for group in GROUPS for share in shares]
+        rotated = [f"{values}-g{group}-e4m3-prescaled-rotated{share}" for group in ROTATED_GROUPS for share in shares]
+        for name in plain + rotated:
+            wire, _ = parse_format(name)
+            found.append(Candidate(name, wire, wire.wire_bits_per_value(hidden)))
     return found
 
 

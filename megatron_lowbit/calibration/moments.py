@@ -76,9 +76,7 @@ class SyncPointMoments:
     def _given(self, name: str) -> torch.Tensor:
         found: torch.Tensor | None = getattr(self, name)
         if found is None:
-            raise ValueError(
-                f"the calibration lacks {name}: it is of an older version; run `megatron-lowbit calibrate`"
-            )
+            raise ValueError(f"the calibration lacks {name}, it is an older one; run `megatron-lowbit calibrate` again")
         return found
 
     def limits(self, foretold: bool) -> LoopLimits:

@@ -6,11 +6,11 @@ from __future__ import annotations
 #: is a multiple of 64 from 640 on, and 512 and 576 where no norm follows the sums. (Rows of other widths are padded and
 #: groups do not fill them: up to 0.06 bits more.) The portable ones need partial sums alone, so that other engines can
 #: use them; the others also foretell partial sums from the block's input, and make up at the next sync point for what
-#: encoders missed. Chosen by KL on SmolLM2 135M and Gemma 3 270M (benchmarks/README.md), where groups of 40 with
-#: one-byte scales beat groups of 64 with 16-bit ones.
+#: encoders missed. Chosen by KL on SmolLM2 135M and Gemma 3 270M (benchmarks/README.md), where code books beat
+#: integers, and groups of 40 with one-byte scales beat groups of 64 with 16-bit ones.
 PRESETS: dict[str, str] = {
-    "balanced": "int4-g40-e4m3-prescaled:predict=64:loop",
-    "small": "int3-g40-e4m3-prescaled:predict=64:loop",
-    "balanced-portable": "int4-g40-e4m3-prescaled",
-    "small-portable": "int3-g40-e4m3-prescaled",
+    "balanced": "lm4-g40-e4m3-prescaled:predict=64:loop",
+    "small": "lm3-g40-e4m3-prescaled:predict=64:loop",
+    "balanced-portable": "lm4-g40-e4m3-prescaled",
+    "small-portable": "lm3-g40-e4m3-prescaled",
 }

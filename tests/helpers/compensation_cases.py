@@ -13,6 +13,7 @@ from megatron_lowbit.calibration.artifact import SyncPointStatistics
 from megatron_lowbit.calibration.moments import SyncPointMoments
 from megatron_lowbit.calibration.outliers import constants_from_statistics
 from megatron_lowbit.calibration.predictor_fit import MomentObserver, fit_predictor
+from megatron_lowbit.calibration.step_observer import StepObserver
 from megatron_lowbit.comm.all_reduce import build_all_reduce
 from megatron_lowbit.comm.compensation import LoopState
 from megatron_lowbit.comm.schemes import parse_scheme
@@ -23,7 +24,8 @@ SCHEMES = (
     "int4-g64-prescaled:loop", "int4-g64-prescaled:predict=5", "int4-g40-e4m3-prescaled:predict=7:loop",
     "int4-outlier:loop", "int3-g32+int5-g32:predict=3:loop", "int4-g16-prescaled-outlier:loop:predict=8",
     "int4-g40-e4m3-prescaled-rotated:predict=6:loop", "int4-g32-hadamard16-outlier+int5-g32-outlier:loop",
-    "int3-g32+int4-g16-prescaled-outlier-rotated:loop:predict=5",
+    "int3-g32+int4-g16-prescaled-outlier-rotated:loop:predict=5", "lm4-g40-e4m3-prescaled:predict=8:loop",
+    "lm3-g40-e4m3-prescaled0.7:centred:loop", "int4-fitted-outlier32:centred", "int5-fitted:predict=4:loop",
 )  # fmt: skip
 
 
@@ -121,7 +123,12 @@ def _statistics(h: torch.Tensor, partial: torch.Tensor) -> SyncPointStatistics:
     rest = torch.stack([part.float() - ready.of_rank(codes, rank) for rank, part in enumerate(partial)])
     rms = [values.float().square().mean(dim=-2).sqrt() for values in (partial, total, rest, rest.sum(dim=0))]
     ratio = total.square().mean().sqrt() / partial.float().square().mean(dim=(1, 2)).sqrt()
-    points = SyncPointMoments(*rms, ratio, predictor)
+    mean_RH = moments.cross_LIH[:, -1] / moments.weight
+    of_partials, of_sum = StepObserver(), StepObserver()
+    weight_T = 1 / total.square().mean(dim=1)
+    of_partials.update(partial, weight_T)
+    of_sum.update(total[None], weight_T)
+    points = SyncPointMoments(*rms, ratio, predictor, mean_RH, of_partials.steps(), of_sum.steps()[:, 0])
     ranges = partial.float().amin(dim=1), partial.float().amax(dim=1), total.amin(dim=0), total.amax(dim=0)
     return SyncPointStatistics(*ranges, points)
 

@@ -143,10 +143,10 @@ def test_a_file_of_another_kind_is_refused(path):
         CommCalibration.load(path)
 
 
-@pytest.mark.parametrize("version", ["3", "0", "1.0", None])
+@pytest.mark.parametrize("version", ["4", "0", "1.0", None])
 def test_another_version_is_refused(path, version):
     rewrite(path, version=version)
-    with pytest.raises(ValueError, match=f"version {re.escape(repr(version))}, this program reads versions 1 and 2"):
+    with pytest.raises(ValueError, match=f"version {re.escape(repr(version))}, this program reads versions 1, 2, 3"):
         CommCalibration.load(path)
 
 

@@ -40,7 +40,7 @@ def test_a_chain_of_sums_written_out(seed):
     for number, found in enumerate(run(chain)):
         constants = constants_from_statistics(scheme, f"p{number}", chain.statistics[number])
         shares, share = [0.0] * RANKS, 0.0
-        if scheme.predictor_rank:
+        if scheme.predictor_rank or scheme.centred:
             shares, share = foretold(constants.predictor, chain.inputs[number])
         wire, factors, packets = scheme.reduce_stage, constants.reduce_scale_RD, []
         arrived = torch.zeros_like(residual)
@@ -59,7 +59,7 @@ def test_a_chain_of_sums_written_out(seed):
         got = quantise(total, scheme.gather_stage, constants, scale)
         owed = total - got
         residual = residual + got
-        residual = residual + share if scheme.predictor_rank else residual
+        residual = residual + share
         residual = residual if chain.biases[number] is None else residual + chain.biases[number]
         assert same_bits(found, residual), f"{chain.scheme}, point {number}"
 

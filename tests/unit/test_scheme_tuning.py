@@ -18,7 +18,7 @@ from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.scheme_tuning import Goal, tune_scheme
 from megatron_lowbit.scheme_tuning_errors import format_errors
 from megatron_lowbit.scheme_tuning_search import best_uniform, candidates, choose
-from megatron_lowbit.scheme_tuning_sensitivity import SMALLEST_SHARE, sensitivities
+from megatron_lowbit.scheme_tuning_sensitivity import COARSE, FINE, SMALLEST_SHARE, sensitivities
 from megatron_lowbit.weights import ModelWeights, load_weights
 
 RANKS = 2
@@ -112,14 +112,14 @@ def test_candidates_cost_what_they_say():
     # presets are among what a search may choose, so that it can do no worse
     for text in PRESETS.values():
         assert parse_scheme(text).reduce_stage in {each.wire for each in candidates(576)}
-    assert len(candidates(576)) == 112 and not any("outlier" in each.name for each in candidates(63))
+    assert len(candidates(576)) == 168 and not any("outlier" in each.name for each in candidates(31))
 
 
 def test_errors_are_those_of_the_wire(weights, calibration):
     """One sync point sent in a format, the others exactly: the residual moves by as much as was measured there."""
-    formats = [
-        each for each in candidates(81) if each.name in ("int4-g32-prescaled", "int8-g128-e4m3-prescaled-outlier")
-    ]
+    names = "lm4-g32-e4m3-prescaled", "int8-g128-e4m3-prescaled-outlier32", "lm3-g64-e4m3-prescaled-rotated-outlier64"
+    formats = [each for each in candidates(81) if each.name in names]
+    assert len(formats) == 3
     sequence = WINDOWS[0]
     errors = format_errors(weights, calibration, formats, True, [sequence])
     assert list(errors) == [(name, stage) for name in calibration.sync_points for stage in (0, 1)]
@@ -162,7 +162,7 @@ def residual_error(weights, calibration, scheme, name, sequence) -> float:
 def test_predicted_parts_do_not_count(weights):
     """What is foretold need not travel: errors are smaller wherever the calibration has kept a predictor."""
     calibration = calibrate(weights, [prompt_of(131, 90, start) for start in range(0, 64, 2)], "0" * 64)
-    formats = [each for each in candidates(81) if each.name == "int4-g32-prescaled"]
+    formats = [each for each in candidates(81) if each.name == "lm4-g32-e4m3-prescaled"]
     alone = format_errors(weights, calibration, formats, True, WINDOWS[:2])
     foretold = format_errors(weights, calibration, formats, False, WINDOWS[:2])
     helped = [site for site in alone if calibration.sync_points[site[0]].moments.predictor is not None]
@@ -181,7 +181,7 @@ def test_sensitivities_say_what_coarse_points_cost(weights, calibration):
     assert seen[-1] == (24, 24)
     # by hand for one point, through `evaluate`
     name = next(iter(calibration.sync_points))
-    fine, coarse = parse_scheme("int8-g64-prescaled"), parse_scheme("int3-g64-prescaled")
+    fine, coarse = parse_scheme(FINE), parse_scheme(COARSE)
     from megatron_lowbit.comm.schemes import PointFormats
 
     one = replace(fine, name="one", points=(PointFormats(name, coarse.reduce_stage, coarse.reduce_stage),))
