@@ -8,6 +8,7 @@ import torch
 
 from megatron_lowbit.calibration.artifact import SyncPointStatistics
 from megatron_lowbit.calibration.moments import SyncPointMoments
+from megatron_lowbit.calibration.step_observer import StepObserver
 from megatron_lowbit.comm.all_reduce import AllReduce
 from megatron_lowbit.comm.compensation import CompensatedAllReduce, LoopState
 from megatron_lowbit.comm.predictor import Predictor
@@ -51,5 +52,12 @@ def with_moments(point: SyncPointStatistics, scheme: CommScheme, partials_RTH: t
         codes(ranks, width, hidden), torch.full((hidden,), 2.0**-12),
     )  # fmt: skip
     partial_rms, sum_rms = (each.square().mean(dim=-2).sqrt() for each in (partials_RTH, partials_RTH.sum(dim=0)))
-    moments = SyncPointMoments(partial_rms, sum_rms, partial_rms, sum_rms, torch.ones(ranks), predictor)
+    partial_steps, sum_steps = StepObserver(), StepObserver()
+    weight_T = torch.ones(partials_RTH.shape[1])
+    partial_steps.update(partials_RTH, weight_T)
+    sum_steps.update(partials_RTH.sum(dim=0, keepdim=True), weight_T)
+    moments = SyncPointMoments(
+        partial_rms, sum_rms, partial_rms, sum_rms, torch.ones(ranks), predictor, partials_RTH.mean(dim=1),
+        partial_steps.steps(), sum_steps.steps()[:, 0],
+    )  # fmt: skip
     return replace(point, moments=moments)
