@@ -33,36 +33,38 @@ INLINE void plan_feedback(Feedback *feedback, const Share *share, int64_t H, Are
     feedback->value = take(from, ROWS * feedback->apart, 4), feedback->arrived = take(from, ROWS * feedback->apart, 4);
 }
 
-/* Rows t to t + count of what is foretold. */
-static void foretell_rows(Feedback *feedback, int64_t t, int64_t count, float *out) {
+/* Rows t to t + count of what is foretold, to an ending. */
+static void foretell_rows(Feedback *feedback, int64_t t, int64_t count, const Ending *with, int way) {
     const Share *share = feedback->share;
     for (int64_t q = 0; q < count; q++)
         put_codes(&feedback->factors, q, share->codes + (t + q) * share->codes_row_nbytes);
-    multiply_factors(&feedback->factors, count, share->scale, out, feedback->apart);
+    multiply_factors(&feedback->factors, count, share->scale, with, way);
 }
 
-/* value = x - value + missed, without the middle one where there is no share. */
+/* value = x + missed. */
 INLINE void feed(float *restrict value, const uint8_t *restrict x, const float *restrict missed, int64_t n,
-                 const int is_bf16, const int has_share, const int has_missed) {
-    for (int64_t i = 0; i < n; i++) {
-        float v = as_float(element_bits(x, i, is_bf16));
-        if (has_share) v = v - value[i];
-        if (has_missed) v = v + missed[i];
-        value[i] = v;
-    }
+                 const int is_bf16) {
+    for (int64_t i = 0; i < n; i++) value[i] = as_float(element_bits(x, i, is_bf16)) + missed[i];
 }
 
-static CLONES void feed_row(float *value, const uint8_t *x, const float *missed, int64_t n, int is_bf16,
-                            int has_share) {
-    if (is_bf16) {
-        if (has_share && missed) feed(value, x, missed, n, 1, 1, 1);
-        else if (has_share) feed(value, x, missed, n, 1, 1, 0);
-        else feed(value, x, missed, n, 1, 0, 1);
-    } else {
-        if (has_share && missed) feed(value, x, missed, n, 0, 1, 1);
-        else if (has_share) feed(value, x, missed, n, 0, 1, 0);
-        else feed(value, x, missed, n, 0, 0, 1);
+static CLONES void feed_row(float *value, const uint8_t *x, const float *missed, int64_t n, int is_bf16) {
+    if (is_bf16) feed(value, x, missed, n, 1);
+    else feed(value, x, missed, n, 0);
+}
+
+/* Rows t to t + count that are encoded: x, less what is foretold of it, plus what was missed, where these are given. */
+static void feed_rows(Feedback *feedback, int64_t t, int64_t count, const uint8_t *x, int64_t x_row_nbytes, int is_bf16,
+                      const float *missed, int64_t missed_row_values) {
+    x += t * x_row_nbytes;
+    if (missed) missed += t * missed_row_values;
+    if (feedback->share) {
+        const Ending with = {feedback->value, feedback->apart, x, x_row_nbytes, missed, missed_row_values};
+        foretell_rows(feedback, t, count, &with, is_bf16 ? TAKEN_FROM_BF16 : TAKEN_FROM_FP32);
+        return;
     }
+    for (int64_t q = 0; q < count; q++)
+        feed_row(feedback->value + q * feedback->apart, x + q * x_row_nbytes, missed + q * missed_row_values,
+                 feedback->H, is_bf16);
 }
 
 static CLONES void add_row(float *restrict to, const float *restrict from, int64_t n) {
