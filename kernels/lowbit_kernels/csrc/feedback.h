@@ -78,6 +78,13 @@ static CLONES void subtract_rows(float *restrict to, const float *restrict a, co
 /* What a packet of `count` rows of `value` misses of them. */
 static void keep_missed(Feedback *feedback, Decoder *decoder, const uint8_t *packet, int64_t packet_row_nbytes,
                         int64_t count, float *missed, int64_t missed_row_values) {
+#ifdef HAS_AVX512
+    if (decoder->fast && misses_at_once(&decoder->wide)) {
+        for (int64_t q = 0; q < count; q++, packet += packet_row_nbytes)
+            missed_row512(&decoder->wide, &packet, feedback->value + q * feedback->apart, missed + q * missed_row_values);
+        return;
+    }
+#endif
     run_decoder(decoder, &packet, &packet_row_nbytes, 0, count, feedback->arrived, feedback->apart, 0);
     for (int64_t q = 0; q < count; q++)
         subtract_rows(missed + q * missed_row_values, feedback->value + q * feedback->apart,
