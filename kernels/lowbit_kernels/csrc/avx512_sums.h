@@ -21,7 +21,10 @@ VECTOR void start_sums(const Out *out, int64_t q, int64_t b, __m512 sum[4]) {
     const float *from = out->row + q * out->row_values + BLOCK * b;
     const int64_t left = out->n - BLOCK * b;
     if (!out->add) for (int k = 0; k < 4; k++) sum[k] = _mm512_set1_ps(-0.0f);
-    else if (left >= BLOCK) for (int k = 0; k < 4; k++) sum[k] = _mm512_loadu_ps(from + 16 * k);
+    else if (left >= BLOCK) for (int k = 0; k < 4; k++) {
+        _mm_prefetch((const char *)(from + 512 + 16 * k), _MM_HINT_T0);
+        sum[k] = _mm512_loadu_ps(from + 16 * k);
+    }
     else for (int k = 0; k < 4; k++) sum[k] = _mm512_maskz_loadu_ps(first16(left - 16 * k), from + 16 * k);
 }
 

@@ -47,9 +47,35 @@ INLINE void feed(float *restrict value, const uint8_t *restrict x, const float *
     for (int64_t i = 0; i < n; i++) value[i] = as_float(element_bits(x, i, is_bf16)) + missed[i];
 }
 
-static CLONES void feed_row(float *value, const uint8_t *x, const float *missed, int64_t n, int is_bf16) {
+static CLONES void feed_plain(float *value, const uint8_t *x, const float *missed, int64_t n, int is_bf16) {
     if (is_bf16) feed(value, x, missed, n, 1);
     else feed(value, x, missed, n, 0);
+}
+
+#ifdef HAS_AVX512
+VECTOR void feed16(float *value, const uint8_t *x, const float *missed, int64_t n, const int is_bf16) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 here = first16(n - i);
+        _mm_prefetch((const char *)(missed + i + 4 * BLOCK), _MM_HINT_T0);
+        const __m512 sum = _mm512_add_ps(values16(x, is_bf16, i, n), _mm512_maskz_loadu_ps(here, missed + i));
+        _mm512_mask_storeu_ps(value + i, here, sum);
+    }
+}
+
+AVX512 static void feed512(float *value, const uint8_t *x, const float *missed, int64_t n, int is_bf16) {
+    if (is_bf16) feed16(value, x, missed, n, 1);
+    else feed16(value, x, missed, n, 0);
+}
+#endif
+
+static void feed_row(float *value, const uint8_t *x, const float *missed, int64_t n, int is_bf16) {
+#ifdef HAS_AVX512
+    if (takes_avx512()) {
+        feed512(value, x, missed, n, is_bf16);
+        return;
+    }
+#endif
+    feed_plain(value, x, missed, n, is_bf16);
 }
 
 /* Rows t to t + count that are encoded: x, less what is foretold of it, plus what was missed, where these are given. */

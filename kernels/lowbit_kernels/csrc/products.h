@@ -139,6 +139,16 @@ static inline __attribute__((always_inline)) AVX512 void finish16(__m512i sum, _
     _mm512_mask_storeu_ps(to, here, v);
 }
 
+/* What two tiles of outputs of a row will end with some time later: products leave time to fetch it from memory. */
+VECTOR void fetch_ahead(const Ending *with, int64_t row, int64_t first, const int way) {
+    enum { AHEAD = 192 };
+    const int64_t nbytes = way == TAKEN_FROM_BF16 ? 2 : 4;
+    _mm_prefetch((const char *)with->x + row * with->x_row_nbytes + nbytes * (first + AHEAD), _MM_HINT_T0);
+    if (!with->missed) return;
+    const float *missed = with->missed + row * with->missed_row_values + first + AHEAD;
+    _mm_prefetch((const char *)missed, _MM_HINT_T0), _mm_prefetch((const char *)(missed + 16), _MM_HINT_T0);
+}
+
 /* `multiply_plain` of `count` rows and `tiles` tiles: a coefficient that is loaded serves all rows, a code all tiles. */
 static inline __attribute__((always_inline)) VNNI void multiply_tiles(
     const Factors *factors, int64_t q, const int count, int64_t tile, const int tiles, const int width,
@@ -147,6 +157,8 @@ static inline __attribute__((always_inline)) VNNI void multiply_tiles(
     const uint8_t *coefficients = factors->of.packed + tile * 64 * chunks;
     const uint32_t *word = factors->word + q * apart;
     __m512i sum[MOST_ROWS][MOST_TILES];
+    if (way == TAKEN_FROM_BF16 || way == TAKEN_FROM_FP32)
+        for (int r = 0; r < count; r++) fetch_ahead(with, q + r, OUTPUTS * tile, way);
 #pragma GCC unroll 4
     for (int r = 0; r < count; r++)
 #pragma GCC unroll 4
@@ -240,29 +252,46 @@ static CLONES void make_row_codes(int8_t *restrict codes, const uint8_t *restric
 }
 
 #ifdef HAS_AVX512
-/* The same, and the sum of them. Writes zeros to the end of a vector. */
-VECTOR int32_t codes_and_sum512(int8_t *codes, const uint8_t *row, const int is_bf16, const float *scale, int64_t n) {
+/* 16 values of a row of fp32 or bf16, from number i of n on; 0 where there are none. */
+VECTOR __m512 values16(const uint8_t *row, const int is_bf16, int64_t i, int64_t n) {
+    const __mmask16 here = i + 16 <= n ? 0xFFFF : first16(n - i);
+    if (!is_bf16) return _mm512_maskz_loadu_ps(here, row + 4 * i);
+    const __m256i bits = _mm256_maskz_loadu_epi16(here, row + 2 * i);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+/* The same, and the sum of them. Writes zeros to the end of 64. */
+static inline __attribute__((always_inline)) VNNI int32_t codes_and_sum512(int8_t *codes, const uint8_t *row,
+                                                                           const int is_bf16, const float *scale,
+                                                                           int64_t n) {
     const __m512 most = _mm512_set1_ps(127.0f), least_code = _mm512_set1_ps(-127.0f);
+    const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i no_number = _mm512_set1_epi8(-128), ones = _mm512_set1_epi8(1);
     __m512i sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 here = first16(n - i);
-        __m512 x;
-        if (is_bf16) {
-            const __m256i bits = _mm256_maskz_loadu_epi16(here, row + 2 * i);
-            x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    for (int64_t i = 0; i < n; i += BLOCK) {
+        __m512i code[4];
+        __m512 x[4];
+        _mm_prefetch((const char *)row + (is_bf16 ? 2 : 4) * (i + 8 * BLOCK), _MM_HINT_T0);
+        if (i + BLOCK <= n) {
+            for (int k = 0; k < 4; k++)
+                x[k] = _mm512_mul_ps(values16(row, is_bf16, i + 16 * k, INT64_MAX), _mm512_loadu_ps(scale + i + 16 * k));
         } else {
-            x = _mm512_maskz_loadu_ps(here, row + 4 * i);
+            for (int k = 0; k < 4; k++)
+                x[k] = _mm512_mul_ps(values16(row, is_bf16, i + 16 * k, n),
+                                     _mm512_maskz_loadu_ps(first16(n - i - 16 * k), scale + i + 16 * k));
         }
-        x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(here, scale + i));
-        const __mmask16 numbers = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
-        const __m512i code = _mm512_maskz_cvtps_epi32(numbers, _mm512_max_ps(_mm512_min_ps(x, most), least_code));
-        sum = _mm512_add_epi32(sum, code);
-        _mm_storeu_si128((__m128i *)(codes + i), _mm512_cvtepi32_epi8(code));
+        for (int k = 0; k < 4; k++) /* of a NaN and a number these take the second, so that NaN alone becomes -128 */
+            code[k] = _mm512_cvtps_epi32(_mm512_max_ps(least_code, _mm512_min_ps(most, x[k])));
+        __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(code[0], code[1]), _mm512_packs_epi32(code[2], code[3]));
+        bytes = _mm512_permutexvar_epi32(in_order, bytes);
+        bytes = _mm512_maskz_mov_epi8(_mm512_cmpneq_epi8_mask(bytes, no_number), bytes);
+        sum = _mm512_dpbusd_epi32(sum, ones, bytes);
+        _mm512_storeu_si512(codes + i, bytes);
     }
     return _mm512_reduce_add_epi32(sum);
 }
 
-AVX512 static int32_t make_row_codes512(int8_t *codes, const uint8_t *row, int is_bf16, const float *scale, int64_t n) {
+static VNNI int32_t make_row_codes512(int8_t *codes, const uint8_t *row, int is_bf16, const float *scale, int64_t n) {
     return is_bf16 ? codes_and_sum512(codes, row, 1, scale, n) : codes_and_sum512(codes, row, 0, scale, n);
 }
 #endif
@@ -272,7 +301,7 @@ static void put_values(Factors *factors, int64_t q, const uint8_t *row, int is_b
     int8_t *codes = (int8_t *)(factors->word + q * factors->apart);
     const int64_t n = factors->of.inputs;
 #ifdef HAS_AVX512
-    if (takes_avx512()) {
+    if (takes_vnni()) {
         factors->start[q] = -128 * make_row_codes512(codes, row, is_bf16, scale, n);
         return;
     }
