@@ -19,7 +19,7 @@ enum { EACH_BF16, EACH_FP32, GROUPS_OF_16, GROUPS_OF_32, GROUPS_OF_64, GROUPS_OF
 typedef struct {
     const uint8_t *codes;                 /* nibbles in the packet, or one to a byte */
     const uint8_t *pairs, *minimum_pairs; /* static numbers as `to_pairs` puts them */
-    float *scale, *minimum;               /* of the groups, or of all values where groups fit no vector */
+    float *scale, *minimum;               /* of the groups, or of all values where groups are small */
 } Rank512;
 
 typedef struct {
