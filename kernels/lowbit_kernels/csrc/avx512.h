@@ -86,6 +86,14 @@ INLINE Placed next_block(const Places *places, Placed at) {
 VECTOR __mmask16 first16(int64_t n) { return (__mmask16)(n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1); }
 VECTOR __mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
 
+/* 16 values of a row of fp32 or bf16, from number i of n on; 0 where there are none. */
+VECTOR __m512 values16(const uint8_t *row, const int is_bf16, int64_t i, int64_t n) {
+    const __mmask16 here = i + 16 <= n ? 0xFFFF : first16(n - i);
+    if (!is_bf16) return _mm512_maskz_loadu_ps(here, row + 4 * i);
+    const __m256i bits = _mm256_maskz_loadu_epi16(here, row + 2 * i);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
 /* 16 of n numbers, from number `at` on; 0 for those that there are not. */
 VECTOR __m512i numbers16(const float *numbers, int64_t at, int64_t n) {
     if (at + 16 <= n) return _mm512_loadu_si512(numbers + at);

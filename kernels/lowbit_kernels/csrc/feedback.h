@@ -6,7 +6,7 @@
 #ifndef LOWBIT_FEEDBACK_H
 #define LOWBIT_FEEDBACK_H
 
-#include "products.h"
+#include "input_codes.h"
 
 /* What is foretold of T rows: codes times a matrix times `scale`. Field by field as cpu_foretell.py fills it in. */
 typedef struct {
