@@ -29,7 +29,8 @@ class Predictor:
     sums of the first product plus the (whole) offset, times the factor, are the codes in between. scale_H: FP32, what a
     unit of the second product's sums is worth. Raises ValueError where sums could leave the exact range.
 
-    Codes of inputs, of the K numbers in between and the coefficients lie within +-127 (`LARGEST_CODE`).
+    Codes of inputs, of the K numbers in between and the coefficients lie within +-127 (`LARGEST_CODE`). Where
+    the ranks' coefficients add up to such numbers too, as fitted ones do, the sum's share takes half the time.
     """
 
     input_scale_H: torch.Tensor
@@ -60,9 +61,15 @@ class Predictor:
             self.offset_K.to(device),
             self.factor_K.to(device),
             tuple(Coefficients(second_KH) for second_KH in self.second_RKH.to(device)),
-            Coefficients(self.second_RKH.sum(dim=0).to(device, torch.int16)),
+            Coefficients(self._total().to(device)),
             self.scale_H.to(device),
         )
+
+    def _total(self) -> torch.Tensor:
+        """The sum's coefficients `[K, H]`: of one byte where all fit, which takes half the instructions of two."""
+        total_KH = self.second_RKH.sum(dim=0, dtype=torch.int16)
+        fits = bool((total_KH.abs() <= LARGEST_CODE).all())
+        return total_KH.to(torch.int8) if fits else total_KH
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By field name, for a file."""

@@ -8,6 +8,7 @@ from helpers.compensation_cases import SCHEMES, draw_chain
 from helpers.messages import same_bits
 
 from megatron_lowbit.calibration.outliers import constants_from_statistics
+from megatron_lowbit.calibration.predictor_fit import MOST_ADDED, ranks_coefficients
 from megatron_lowbit.comm.predictor import LARGEST_CODE, Predictor
 from megatron_lowbit.comm.reference import decode_sum, encode, quantise
 from megatron_lowbit.comm.schemes import parse_scheme
@@ -126,6 +127,26 @@ def test_sums_that_fp32_would_round_are_refused():
     predictor_of(ranks=34, width=30)
     with pytest.raises(ValueError, match="use a lower rank"):
         predictor_of(ranks=35, width=30)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, MOST_ADDED, MOST_ADDED + 1])
+@pytest.mark.parametrize("alike", [False, True])
+def test_fitted_coefficients_of_ranks_add_up_to_one_byte(ranks, alike):
+    worth_RKH = torch.randn(ranks, 16, 200, generator=torch.Generator().manual_seed(ranks)).double()
+    worth_RKH[:, :, 0] = 0.0
+    if alike:
+        worth_RKH = worth_RKH[:1].expand_as(worth_RKH)
+    second_RKH, scale_H = ranks_coefficients(worth_RKH)
+    error = (second_RKH.double() * scale_H.double() - worth_RKH).abs()
+    total_KH = second_RKH.sum(dim=0, dtype=torch.int32)
+    assert (error <= scale_H.double() / 2 * 1.01).all() and torch.equal(scale_H.bfloat16().float(), scale_H)
+    # of so many ranks that bytes would say little, each keeps its precision
+    assert bool((total_KH.abs() <= LARGEST_CODE).all()) == (ranks <= MOST_ADDED)
+    small = Predictor(
+        torch.ones(4), torch.ones(4, 16, dtype=torch.int8), torch.zeros(16), torch.ones(16), second_RKH, scale_H
+    )
+    total = small.to(torch.device("cpu")).total.values_IO
+    assert total.dtype == (torch.int8 if ranks <= MOST_ADDED else torch.int16) and torch.equal(total.int(), total_KH)
 
 
 def test_inputs_that_are_not_finite_foretell_nothing_wild():

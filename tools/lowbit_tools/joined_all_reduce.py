@@ -47,9 +47,10 @@ def with_moments(point: SyncPointStatistics, scheme: CommScheme, partials_RTH: t
         return torch.randint(-100, 101, shape, generator=generator, dtype=torch.int8)
 
     width = max(scheme.predictor_rank, 1)
+    # coefficients of ranks that add up to one byte, as fitted ones do
     predictor = Predictor(
         torch.full((hidden,), 6.0), codes(hidden, width) // 8, torch.zeros(width), torch.full((width,), 0.01),
-        codes(ranks, width, hidden), torch.full((hidden,), 2.0**-12),
+        codes(ranks, width, hidden) // ranks, torch.full((hidden,), 2.0**-12),
     )  # fmt: skip
     partial_rms, sum_rms = (each.square().mean(dim=-2).sqrt() for each in (partials_RTH, partials_RTH.sum(dim=0)))
     partial_steps, sum_steps = StepObserver(), StepObserver()

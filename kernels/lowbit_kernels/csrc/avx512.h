@@ -45,13 +45,67 @@ INLINE void plan_body(Body *body, const Layout *at, const int64_t *outlier_index
     }
 }
 
+/* Which group each value is of, for groups that fit no vector: of a block of 64 from the first group in it on, after
+ * which everything comes again a period later, some groups further on. */
+typedef struct {
+    int32_t *place, *first; /* [period, 64], [period] */
+    int64_t period, groups;
+} Places;
+
+/* Smallest groups of which 64 values have no more than a vector has places. */
+enum { SMALLEST_PLACED = 8 };
+
+/* In order, or `parted`: of each 32 values first those at even places, then those at odd ones. Only for an even size are
+ * these the same. */
+INLINE void plan_places(Places *places, int64_t size, int64_t n, int parted, Arena *from) {
+    int64_t common = size, rest = BLOCK;
+    while (rest) { const int64_t next = common % rest; common = rest, rest = next; }
+    places->period = least(size / common, (n + BLOCK - 1) / BLOCK), places->groups = BLOCK / common;
+    places->place = take(from, BLOCK * places->period, 4), places->first = take(from, places->period, 4);
+    if (!from->base) return;
+    int32_t group = 0;
+    for (int64_t b = 0, left = size; b < places->period; b++) {
+        const int32_t first = group;
+        places->first[b] = first;
+        for (int i = 0; i < BLOCK; i++) {
+            const int to = parted ? (i & 32) + i % 2 * 16 + (i & 31) / 2 : i;
+            places->place[BLOCK * b + to] = group - first;
+            if (--left == 0) group++, left = size;
+        }
+    }
+}
+
+/* The block that is at hand. */
+typedef struct { int64_t block, group; } Placed;
+
+INLINE Placed next_block(const Places *places, Placed at) {
+    if (++at.block == places->period) at.block = 0, at.group += places->groups;
+    return at;
+}
+
 VECTOR __mmask16 first16(int64_t n) { return (__mmask16)(n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1); }
 VECTOR __mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
+
+/* 16 values of a row of fp32 or bf16, from number i of n on; 0 where there are none. */
+VECTOR __m512 values16(const uint8_t *row, const int is_bf16, int64_t i, int64_t n) {
+    const __mmask16 here = i + 16 <= n ? 0xFFFF : first16(n - i);
+    if (!is_bf16) return _mm512_maskz_loadu_ps(here, row + 4 * i);
+    const __m256i bits = _mm256_maskz_loadu_epi16(here, row + 2 * i);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
 
 /* 16 of n numbers, from number `at` on; 0 for those that there are not. */
 VECTOR __m512i numbers16(const float *numbers, int64_t at, int64_t n) {
     if (at + 16 <= n) return _mm512_loadu_si512(numbers + at);
     return _mm512_maskz_loadu_epi32(first16(n - at), numbers + at);
+}
+
+/* Numbers of the groups of 64 values, of which `of_group` has 16 to spare at its end. */
+VECTOR void placed64(const float *of_group, const Places *places, Placed at, __m512 v[2], __m512 w[2]) {
+    const __m512 some = _mm512_loadu_ps(of_group + at.group + places->first[at.block]);
+    const int32_t *place = places->place + BLOCK * at.block;
+    for (int k = 0; k < 2; k++) v[k] = _mm512_permutexvar_ps(_mm512_loadu_si512(place + 16 * k), some);
+    for (int k = 0; k < 2; k++) w[k] = _mm512_permutexvar_ps(_mm512_loadu_si512(place + 16 * k + 32), some);
 }
 
 /* Two vectors of the n numbers of the body: those of features i to i + 32 in their places, the rest 0, or, where there

@@ -13,13 +13,13 @@
 
 /* Codes, and how they become values. */
 enum { NIBBLES, SIGNED_BYTES, UNSIGNED_BYTES, E4M3_BYTES, LEVEL_BYTES };
-enum { EACH_BF16, EACH_FP32, GROUPS_OF_16, GROUPS_OF_32, GROUPS_OF_64 }; /* scales */
+enum { EACH_BF16, EACH_FP32, GROUPS_OF_16, GROUPS_OF_32, GROUPS_OF_64, GROUPS_OF_ANY }; /* scales */
 
 /* One rank's part of a row. */
 typedef struct {
     const uint8_t *codes;                 /* nibbles in the packet, or one to a byte */
     const uint8_t *pairs, *minimum_pairs; /* static numbers as `to_pairs` puts them */
-    float *scale, *minimum;               /* of the groups, or of all values where groups fit no vector */
+    float *scale, *minimum;               /* of the groups, or of all values where groups are small */
 } Rank512;
 
 typedef struct {
@@ -27,6 +27,7 @@ typedef struct {
     const int64_t *outlier_index;
     int64_t R, order_n; /* values in the order that sums are made in: all features with static scales, else the body */
     Body body;
+    Places places;
     int way, scales;
     int tame; /* static numbers are so small that no sum overflows: all NaN come from tables, which have but one */
     uint8_t lost; /* with static scales, the byte that says "not finite" */
@@ -93,14 +94,16 @@ INLINE void fill_nibbles(float values[16], const Layout *at) {
 /* Returns 0 where this code cannot do it: static scales that bf16 does not hold. */
 AVX512 static int plan_decode512(Decode512 *plan, const Layout *at, Static with, int64_t R, Arena *from) {
     const int64_t H = at->features, G = at->groups, size = at->group_size, row = H + BLOCK;
-    const int each = size && size != 16 && size != 32 && size % BLOCK;
+    const int fits = size == 16 || size == 32 || size % BLOCK == 0, each = size && !fits && size < SMALLEST_PLACED;
     const int64_t numbers = (each ? H : G) + BLOCK;
     plan->at = at, plan->outlier_index = with.outlier_index, plan->R = R, plan->order_n = size ? at->body : H;
     plan->scales = !size        ? EACH_BF16
                    : each       ? EACH_FP32
                    : size == 16 ? GROUPS_OF_16
                    : size == 32 ? GROUPS_OF_32
-                                : GROUPS_OF_64;
+                   : fits       ? GROUPS_OF_64
+                                : GROUPS_OF_ANY;
+    if (plan->scales == GROUPS_OF_ANY) plan_places(&plan->places, size, at->body, 0, from);
     plan->way = at->bits == 4         ? NIBBLES
                 : has_levels(at)      ? LEVEL_BYTES
                 : at->values == E4M3  ? E4M3_BYTES

@@ -11,7 +11,7 @@
 #ifdef HAS_AVX512
 
 enum { SIGNED, UNSIGNED, FP8, FP4, LEVELS };   /* how products become codes */
-enum { OF_EACH, OF_16, OF_32, OF_64 };         /* values that share an inverse scale; OF_64: or a multiple */
+enum { OF_EACH, OF_16, OF_32, OF_64, OF_ANY }; /* values that share an inverse scale; OF_64: or a multiple */
 enum { TO_CODES, TO_NIBBLES, TO_BYTES };       /* where codes go: to scratch, or right into the only plane */
 
 typedef struct {
@@ -22,6 +22,8 @@ typedef struct {
     Coding coding;
     Levels levels;
     Body body;
+    int shared; /* by values of a group */
+    Places places;
     uint8_t *codes, *row, *prescaled, *tail;
     float *scale, *minimum; /* of each value in the order that codes are made in, even and odd places apart */
     float *peak, *lowest, *inverse;
@@ -64,6 +66,14 @@ VECTOR void spread(float *to, const float *from, const Body *body, int64_t n, in
     }
 }
 
+INLINE int shared_of(int64_t size) {
+    return size == 16                                 ? OF_16
+           : size == 32                               ? OF_32
+           : size && size % BLOCK == 0                ? OF_64
+           : size % 2 == 0 && size >= SMALLEST_PLACED ? OF_ANY
+                                                      : OF_EACH;
+}
+
 /* Returns 0 where this code cannot do it: levels that are too near to each other. */
 AVX512 static int plan_encode512(Encode512 *plan, const Layout *at, Static with, int is_bf16, Arena *from) {
     const int64_t H = at->features, G = at->groups;
@@ -73,6 +83,8 @@ AVX512 static int plan_encode512(Encode512 *plan, const Layout *at, Static with,
                  : at->values == E2M1 ? FP4
                  : at->asymmetric     ? UNSIGNED
                                       : SIGNED;
+    plan->shared = shared_of(at->group_size);
+    if (plan->shared == OF_ANY) plan_places(&plan->places, at->group_size, at->body, 1, from);
     plan_body(&plan->body, at, with.outlier_index, from);
     plan->codes_nbytes = H + BLOCK, plan->codes = take(from, TOGETHER * plan->codes_nbytes, 1);
     plan->tail = take(from, BLOCK, 4);
@@ -184,10 +196,16 @@ VECTOR int make_codes(Encode512 *plan, const Rows *rows, const int count, int64_
     __m512i least_seen[TOGETHER], thresholds = _mm512_loadu_si512(plan->levels.threshold);
     for (int q = 0; q < count; q++) not_finite[q] = _mm512_setzero_ps(), least_seen[q] = _mm512_setzero_si512();
     int64_t blocks_left = in_group, g = 0;
+    Placed at = {0, 0};
     for (int64_t b = 0; b < blocks_of(n); b++) {
         const int64_t left = n - BLOCK * b;
         __m512 by[2][2], low[2][2];
-        for (int k = 0; k < 2; k++) {
+        if (shared == OF_ANY) {
+            placed64(inverse, &plan->places, at, by[0], by[1]);
+            if (kind == UNSIGNED) placed64(minimum, &plan->places, at, low[0], low[1]);
+            at = next_block(&plan->places, at);
+        }
+        for (int k = 0; k < 2 && shared != OF_ANY; k++) {
             numbers32(inverse, BLOCK * b + 32 * k, g, shared, by[k]);
             if (kind == UNSIGNED) numbers32(minimum, BLOCK * b + 32 * k, g, shared, low[k]);
         }
@@ -278,6 +296,7 @@ ENCODE_BODY(encode_of_each, OF_EACH, 1)
 ENCODE_BODY(encode_of_16, OF_16, 1)
 ENCODE_BODY(encode_of_32, OF_32, 1)
 ENCODE_BODY(encode_of_64, OF_64, 1)
+ENCODE_BODY(encode_of_any, OF_ANY, 1)
 
 #endif
 #endif

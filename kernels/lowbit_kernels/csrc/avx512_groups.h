@@ -94,16 +94,18 @@ VECTOR void best_of_groups(float *found, const uint8_t *row, const Layout *at, c
             _mm512_storeu_ps(found + first, best_of_each(part, by_pairs, by, 1));
             continue;
         }
-        if (size % step == 0 && size / step <= 8 && (first + 16) * size <= n) { /* whole vectors, no branches */
+        /* whole vectors, no branches; the last of a group may overlap the one before */
+        if (size >= step && size <= 8 * step && (first + 16) * size <= n) {
 #pragma GCC unroll 8
             for (int i = 0; i < 8; i++) {
                 __m512i both[2];
 #pragma GCC unroll 2
                 for (int k = 0; k < 2; k++) {
-                    const uint8_t *group = row + (is_bf16 ? 2 : 4) * size * (first + i + 8 * k);
-                    both[k] = to_keys(_mm512_loadu_si512(group), by, is_bf16);
+                    const int64_t nbytes = is_bf16 ? 2 : 4;
+                    const uint8_t *group = row + nbytes * size * (first + i + 8 * k);
+                    both[k] = to_keys(_mm512_loadu_si512(group + nbytes * (size - step)), by, is_bf16);
 #pragma GCC unroll 8
-                    for (int64_t j = 1; j < size / step; j++)
+                    for (int64_t j = 0; j < (size - 1) / step; j++)
                         both[k] = best(both[k], to_keys(_mm512_loadu_si512(group + 64 * j), by, is_bf16), by, is_bf16);
                 }
                 part[i] = halves(both[0], both[1], by, is_bf16);
@@ -128,6 +130,7 @@ VECTOR void best_of_groups(float *found, const uint8_t *row, const Layout *at, c
         switch (at->group_size) { \
         case 16: FIND_OF(16, by); break; \
         case 32: FIND_OF(32, by); break; \
+        case 40: FIND_OF(40, by); break; \
         case 64: FIND_OF(64, by); break; \
         case 128: FIND_OF(128, by); break; \
         default: FIND_OF(at->group_size, by); \
@@ -160,7 +163,7 @@ AVX512 static int all_finite512(const float *values, int64_t n) {
 
 AVX512 static int encode_groups512(Encode512 *plan, const Rows *rows, int is_bf16) {
     const Layout *at = plan->at;
-    const int64_t n = at->body, size = at->group_size;
+    const int64_t n = at->body;
     const float *inverse = plan->inverse, *minimum = plan->lowest;
     const uint8_t *row = rows->from;
     uint8_t *packet = rows->to;
@@ -175,9 +178,12 @@ AVX512 static int encode_groups512(Encode512 *plan, const Rows *rows, int is_bf1
     if (at->asymmetric && !group_minimums(at, plan->peak, plan->lowest, packet)) return 1;
     group_scales(at, plan->peak, plan->inverse, packet);
     if (plan->kind == FP4) for (int64_t g = 0; g < at->groups; g++) plan->inverse[g] *= 4.0f;
-    if (size == 16) return encode_of_16(plan, rows, n, inverse, minimum, is_bf16);
-    if (size == 32) return encode_of_32(plan, rows, n, inverse, minimum, is_bf16);
-    if (size % BLOCK == 0) return encode_of_64(plan, rows, n, inverse, minimum, is_bf16);
+    switch (plan->shared) {
+    case OF_16: return encode_of_16(plan, rows, n, inverse, minimum, is_bf16);
+    case OF_32: return encode_of_32(plan, rows, n, inverse, minimum, is_bf16);
+    case OF_64: return encode_of_64(plan, rows, n, inverse, minimum, is_bf16);
+    case OF_ANY: return encode_of_any(plan, rows, n, inverse, minimum, is_bf16);
+    }
     repeat(plan->scale, plan->inverse, at), part(plan->scale, n);
     if (at->asymmetric) repeat(plan->minimum, plan->lowest, at), part(plan->minimum, n);
     return encode_of_each(plan, rows, n, plan->scale, plan->minimum, is_bf16);

@@ -72,29 +72,37 @@ VECTOR void read_codes(const Decode512 *plan, int64_t index, const uint8_t *row)
 /* Sums with static scales, of `count` rows at once. */
 VECTOR void decode_static512(Decode512 *plan, const uint8_t *const *rows, int64_t count, float *out,
                              int64_t out_row_values, int add) {
-    const Out to = {out, out_row_values, plan->at->features, add, !plan->tame || add, add ? plan->body.mask : 0};
+    const Out to = {out, out_row_values, plan->at->features, add, !plan->tame || add, add ? plan->body.mask : 0, 0};
     for (int64_t i = 0; i < count * plan->R; i++) read_codes(plan, i, rows[i]);
     if (count == TOGETHER) decode_static_of_four(plan, &to);
     else if (count == 2) sum_static_of_two(plan, &to);
     else sum_static(plan, &to);
 }
 
-/* One row of sums with scales of groups. */
-VECTOR void decode_groups512(Decode512 *plan, const uint8_t *const *rows, float *out, int add) {
+/* One row of sums with scales of groups; or of `whole`, if given, less these. */
+VECTOR void decode_groups512(Decode512 *plan, const uint8_t *const *rows, float *out, int add, const float *whole) {
     const Layout *at = plan->at;
     int tame = plan->tame && !add;
     for (int64_t r = 0; r < plan->R; r++) {
         read_codes(plan, r, rows[r]);
         tame &= read_groups(plan, &plan->rank[r], rows[r]);
     }
-    const Out to = {at->outliers ? plan->sum : out, 0, at->body, add && !at->outliers, !tame, 0};
+    const Out to = {at->outliers ? plan->sum : out, 0, at->body, add && !at->outliers, !tame, 0, whole};
     switch (plan->scales) {
     case EACH_FP32: sum_groups_EACH_FP32(plan, &to); break;
     case GROUPS_OF_16: sum_groups_GROUPS_OF_16(plan, &to); break;
     case GROUPS_OF_32: sum_groups_GROUPS_OF_32(plan, &to); break;
+    case GROUPS_OF_ANY: sum_groups_GROUPS_OF_ANY(plan, &to); break;
     default: sum_groups_GROUPS_OF_64(plan, &to);
     }
     if (at->outliers) spread_sums(out, plan->sum, &plan->body, at->features, add);
+}
+
+/* What a packet's row misses of `whole`, where `misses_at_once`. */
+INLINE int misses_at_once(const Decode512 *plan) { return plan->at->group_size && !plan->at->outliers; }
+
+AVX512 static void missed_row512(Decode512 *plan, const uint8_t *const *row, const float *whole, float *missed) {
+    decode_groups512(plan, row, missed, 0, whole);
 }
 
 /* Write the sums of R packet rows, for the first of `left` rows, into rows of out, or add those of one packet. Returns
@@ -103,7 +111,7 @@ AVX512 static int64_t decode_rows512(Decode512 *plan, const uint8_t *const *rows
                                      int64_t out_row_values, int add) {
     int64_t count = 1;
     if (plan->at->group_size) {
-        decode_groups512(plan, rows, out, add);
+        decode_groups512(plan, rows, out, add, 0);
     } else {
         count = left < 2 ? 1 : plan->R > 1 ? 2 : left < TOGETHER ? 1 : TOGETHER;
         decode_static512(plan, rows, count, out, out_row_values, add);

@@ -6,12 +6,14 @@
 
 #ifdef HAS_AVX512
 
-/* Where sums go: rows of out, or scratch. `body`: only these features are written, or null. */
+/* Where sums go: rows of out, or scratch. `body`: only these features are written, or null. `whole`: a row whose values
+ * less the sums are written, or null. */
 typedef struct {
     float *row;
     int64_t row_values, n;
     int add, one_nan;
     const uint64_t *body;
+    const float *whole;
 } Out;
 
 /* What values are added to. Adding to -0 leaves any number as it is. */
@@ -19,13 +21,22 @@ VECTOR void start_sums(const Out *out, int64_t q, int64_t b, __m512 sum[4]) {
     const float *from = out->row + q * out->row_values + BLOCK * b;
     const int64_t left = out->n - BLOCK * b;
     if (!out->add) for (int k = 0; k < 4; k++) sum[k] = _mm512_set1_ps(-0.0f);
-    else if (left >= BLOCK) for (int k = 0; k < 4; k++) sum[k] = _mm512_loadu_ps(from + 16 * k);
+    else if (left >= BLOCK) for (int k = 0; k < 4; k++) {
+        _mm_prefetch((const char *)(from + 512 + 16 * k), _MM_HINT_T0);
+        sum[k] = _mm512_loadu_ps(from + 16 * k);
+    }
     else for (int k = 0; k < 4; k++) sum[k] = _mm512_maskz_loadu_ps(first16(left - 16 * k), from + 16 * k);
 }
 
 VECTOR void store_sums(const Out *out, int64_t q, int64_t b, __m512 sum[4]) {
     float *to = out->row + q * out->row_values + BLOCK * b;
     if (out->one_nan) for (int k = 0; k < 4; k++) sum[k] = one_nan512(sum[k]);
+    if (out->whole) {
+        const float *whole = out->whole + BLOCK * b;
+        const int64_t left = out->n - BLOCK * b;
+        for (int k = 0; k < 4; k++)
+            sum[k] = _mm512_sub_ps(_mm512_maskz_loadu_ps(first16(left - 16 * k), whole + 16 * k), sum[k]);
+    }
     if (out->n - BLOCK * b >= BLOCK && !out->body) {
         for (int k = 0; k < 4; k++) _mm512_storeu_ps(to + 16 * k, sum[k]);
     } else {
@@ -104,8 +115,16 @@ VECTOR void sum_static_of(const Decode512 *plan, const Out *out, const int count
     }
 }
 
-/* Numbers of the 4 vectors of block b. `g`: its group, where groups are of whole blocks. */
-VECTOR void group_numbers(const float *of_group, int64_t b, int64_t g, int scales, __m512 v[4]) {
+/* Where a block of 64 is among groups: `group` where these are of whole blocks, `placed` where they fit no vector. */
+typedef struct { int64_t block, group; Placed placed; } Where;
+
+/* Numbers of the 4 vectors of a block. */
+VECTOR void group_numbers(const float *of_group, const Places *places, Where at, int scales, __m512 v[4]) {
+    const int64_t b = at.block, g = at.group;
+    if (scales == GROUPS_OF_ANY) {
+        placed64(of_group, places, at.placed, v, v + 2);
+        return;
+    }
     for (int k = 0; k < 4; k++) {
         const int64_t group = scales == GROUPS_OF_16 ? 4 * b + k : scales == GROUPS_OF_32 ? 2 * b + k / 2 : g;
         v[k] = scales == EACH_FP32 ? _mm512_loadu_ps(of_group + BLOCK * b + 16 * k) : _mm512_set1_ps(of_group[group]);
@@ -113,14 +132,15 @@ VECTOR void group_numbers(const float *of_group, int64_t b, int64_t g, int scale
 }
 
 /* Values of block b of one rank. Nibbles are looked up in tables that have what values of a group share in them. */
-VECTOR void group_values(const Decode512 *plan, const Rank512 *rank, int64_t b, int64_t g, int64_t left,
+VECTOR void group_values(const Decode512 *plan, const Rank512 *rank, Where at, int64_t left,
                          const Nibbles *nibbles, const __m512i *e4m3, __m512 nibble, const int way, const int scales,
                          __m512 v[4]) {
     const int shared = scales == GROUPS_OF_64 ? 4 : scales == GROUPS_OF_32 ? 2 : 1; /* vectors of a group */
-    const int asymmetric = (int)plan->at->asymmetric;
+    const int asymmetric = (int)plan->at->asymmetric, of_vectors = scales != EACH_FP32 && scales != GROUPS_OF_ANY;
+    const int64_t b = at.block;
     __m512 scale[4], minimum[4];
-    group_numbers(rank->scale, b, g, scales, scale);
-    if (asymmetric) group_numbers(rank->minimum, b, g, scales, minimum);
+    group_numbers(rank->scale, &plan->places, at, scales, scale);
+    if (asymmetric) group_numbers(rank->minimum, &plan->places, at, scales, minimum);
     if (way == NIBBLES) {
         const uint8_t *from = rank->codes + BLOCK / 2 * b;
         __m512i index[4];
@@ -128,13 +148,13 @@ VECTOR void group_values(const Decode512 *plan, const Rank512 *rank, int64_t b, 
                                       : _mm256_maskz_loadu_epi8((__mmask32)first64((left + 1) / 2), from);
         nibble_codes(_mm512_castsi256_si512(bytes), nibbles, index);
         __m512 scaled[4];
-        for (int k = 0; k < 4 && scales != EACH_FP32; k += shared) {
+        for (int k = 0; k < 4 && of_vectors; k += shared) {
             scaled[k] = _mm512_mul_ps(nibble, scale[k]);
             if (asymmetric) scaled[k] = _mm512_add_ps(scaled[k], minimum[k]);
         }
         for (int k = 0; k < 4; k++)
-            v[k] = _mm512_permutexvar_ps(index[k], scales == EACH_FP32 ? nibble : scaled[k / shared * shared]);
-        if (scales != EACH_FP32) return;
+            v[k] = _mm512_permutexvar_ps(index[k], of_vectors ? scaled[k / shared * shared] : nibble);
+        if (of_vectors) return;
     } else {
         const uint8_t *from = left >= BLOCK ? rank->codes + BLOCK * b : plan->tail + BLOCK * (rank - plan->rank);
         if (way == E4M3_BYTES) e4m3_values(_mm512_loadu_si512(from), e4m3, v);
@@ -153,7 +173,8 @@ VECTOR void sum_groups(const Decode512 *plan, const Out *out, const int of_one, 
     const int64_t in_group = plan->at->group_size / BLOCK;
     const __m512 nibble = _mm512_loadu_ps(plan->nibble);
     const Nibbles nibbles = nibbles_of(~0ull, 0);
-    int64_t g = 0, blocks_left = in_group;
+    int64_t blocks_left = in_group;
+    Where at = {0, 0, {0, 0}};
     __m512i e4m3[4];
     if (way == E4M3_BYTES) load_e4m3(e4m3);
     for (int64_t b = 0; b < blocks_of(out->n); b++) {
@@ -161,7 +182,7 @@ VECTOR void sum_groups(const Decode512 *plan, const Out *out, const int of_one, 
         if (!of_one) start_sums(out, 0, b, sum);
         for (int64_t r = 0; r < (of_one ? 1 : plan->R); r++) {
             const Rank512 *rank = &plan->rank[r];
-            group_values(plan, rank, b, g, out->n - BLOCK * b, &nibbles, e4m3, nibble, way, scales, v);
+            group_values(plan, rank, at, out->n - BLOCK * b, &nibbles, e4m3, nibble, way, scales, v);
             if (plan->at->prescaled) {
                 from_pairs(rank->pairs + 128 * b, scale), from_pairs(rank->pairs + 128 * b + 64, scale + 2);
                 for (int k = 0; k < 4; k++) v[k] = _mm512_mul_ps(v[k], scale[k]);
@@ -169,7 +190,9 @@ VECTOR void sum_groups(const Decode512 *plan, const Out *out, const int of_one, 
             if (!of_one) for (int k = 0; k < 4; k++) sum[k] = _mm512_add_ps(sum[k], v[k]);
         }
         store_sums(out, 0, b, of_one ? v : sum);
-        if (scales == GROUPS_OF_64 && --blocks_left == 0) g++, blocks_left = in_group;
+        at.block++;
+        if (scales == GROUPS_OF_64 && --blocks_left == 0) at.group++, blocks_left = in_group;
+        if (scales == GROUPS_OF_ANY) at.placed = next_block(&plan->places, at.placed);
     }
 }
 
@@ -203,6 +226,7 @@ SUM_GROUPS(EACH_FP32)
 SUM_GROUPS(GROUPS_OF_16)
 SUM_GROUPS(GROUPS_OF_32)
 SUM_GROUPS(GROUPS_OF_64)
+SUM_GROUPS(GROUPS_OF_ANY)
 
 #endif
 #endif

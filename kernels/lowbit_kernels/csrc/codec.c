@@ -117,11 +117,12 @@ EXPORT int lowbit_foretell_codes(const uint8_t *input, int64_t input_row_nbytes,
     if (!allocate(&arena, &room)) return NO_MEMORY;
     plan_factors(&factors, first, &arena);
     float *sum = take(&arena, ROWS * apart, 4);
+    const Ending with = {sum, apart, 0, 0, 0, 0};
     for (int64_t t = 0, count; t < T; t += count) {
         count = least(ROWS, T - t);
         for (int64_t q = 0; q < count; q++)
             put_values(&factors, q, input + (t + q) * input_row_nbytes, is_bf16, input_scale);
-        multiply_factors(&factors, count, 0, sum, apart);
+        multiply_factors(&factors, count, 0, &with, WRITTEN);
         for (int64_t q = 0; q < count; q++, codes += K)
             for (int64_t k = 0; k < K; k++)
                 codes[k] = (int8_t)whole_code((sum[q * apart + k] + offset[k]) * factor[k]);
@@ -138,7 +139,6 @@ EXPORT int lowbit_encode_feedback(const Layout *at, const uint8_t *x, int64_t x_
                                   const Share *share, float *missed, int64_t missed_row_values) {
     const Static with = {inverse_scale, minimum, 0, 0, outlier_index};
     const Static back = {scale, minimum, 0, 0, outlier_index};
-    const int64_t H = at->features;
     Encoder encoder;
     Decoder decoder;
     Feedback feedback;
@@ -146,16 +146,13 @@ EXPORT int lowbit_encode_feedback(const Layout *at, const uint8_t *x, int64_t x_
     void *room;
     if (!ascending(at, outlier_index)) return BAD_OUTLIER_INDEX;
     plan_encoder(&encoder, at, with, 0, &arena), plan_decoder(&decoder, at, back, 1, &arena);
-    plan_feedback(&feedback, share, H, &arena);
+    plan_feedback(&feedback, share, at->features, &arena);
     if (!allocate(&arena, &room)) return NO_MEMORY;
     plan_encoder(&encoder, at, with, 0, &arena), plan_decoder(&decoder, at, back, 1, &arena);
-    plan_feedback(&feedback, share, H, &arena);
+    plan_feedback(&feedback, share, at->features, &arena);
     for (int64_t t = 0, count; t < T; t += count, packet += count * packet_row_nbytes) {
         count = least(ROWS, T - t);
-        if (share) foretell_rows(&feedback, t, count, feedback.value);
-        for (int64_t q = 0; q < count; q++)
-            feed_row(feedback.value + q * feedback.apart, x + (t + q) * x_row_nbytes,
-                     missed ? missed + (t + q) * missed_row_values : 0, H, is_bf16, share != 0);
+        feed_rows(&feedback, t, count, x, x_row_nbytes, is_bf16, missed, missed_row_values);
         run_encoder(&encoder, (const uint8_t *)feedback.value, 4 * feedback.apart, packet, packet_row_nbytes, count);
         if (missed)
             keep_missed(&feedback, &decoder, packet, packet_row_nbytes, count, missed + t * missed_row_values,
@@ -215,10 +212,9 @@ EXPORT int lowbit_decode_foretold(const Layout *at, const uint8_t *packet, int64
     plan_decoder(&decoder, at, with, 1, &arena), plan_feedback(&feedback, share, at->features, &arena);
     for (int64_t t = 0, count; t < T; t += count, out += count * out_row_values) {
         count = least(ROWS, T - t);
-        foretell_rows(&feedback, t, count, feedback.value);
         run_decoder(&decoder, &packet, &packet_row_nbytes, t, count, out, out_row_values, 1);
-        for (int64_t q = 0; q < count; q++)
-            add_row(out + q * out_row_values, feedback.value + q * feedback.apart, at->features);
+        const Ending with = {out, out_row_values, 0, 0, 0, 0};
+        foretell_rows(&feedback, t, count, &with, ADDED);
     }
     free(room);
     return DONE;
