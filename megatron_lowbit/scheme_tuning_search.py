@@ -33,8 +33,10 @@ def candidates(hidden: int) -> list[Candidate]:
     shares = ["", *(f"-outlier{divisor}" for divisor in OUTLIER_DIVISORS if hidden >= divisor)]
     found = []
     for values in VALUES:
-        plain = [f"{values}-g{group}-e4m3-prescaled{share}" for group in GROUPS for share in shares]
-        rotated = [f"{values}-g{group}-e4m3-prescaled-rotated{share}" for group in ROTATED_GROUPS for share in shares]
+        plain = [f"{values}-g{group}-e4m3-prescaled0.6{share}" for group in GROUPS for share in shares]
+        rotated = [
+            f"{values}-g{group}-e4m3-prescaled0.6-rotated{share}" for group in ROTATED_GROUPS for share in shares
+        ]
         for name in plain + rotated:
             wire, _ = parse_format(name)
             found.append(Candidate(name, wire, wire.wire_bits_per_value(hidden)))

@@ -14,7 +14,7 @@ from megatron_lowbit.scoring import Reference, score
 from megatron_lowbit.weights import ModelWeights
 
 #: Formats of the sync points in question, and of all others meanwhile.
-COARSE, FINE = "lm3-g64-e4m3-prescaled", "int8-g64-e4m3-prescaled"
+COARSE, FINE = "lm3-g64-e4m3-prescaled0.6", "int8-g64-e4m3-prescaled0.6"
 #: Sync points are taken together, neighbours first, where there are more than so many.
 MAX_GROUPS = 64
 #: What the exact predictions of all sequences may occupy, a process; fewer positions are scored where they need more.

@@ -7,10 +7,10 @@ from __future__ import annotations
 #: groups do not fill them: up to 0.06 bits more.) The portable ones need partial sums alone, so that other engines can
 #: use them; the others also foretell partial sums from the block's input, and make up at the next sync point for what
 #: encoders missed. Chosen by KL on SmolLM2 135M and Gemma 3 270M (benchmarks/README.md), where code books beat
-#: integers, and groups of 40 with one-byte scales beat groups of 64 with 16-bit ones.
+#: integers, groups of 40 with one-byte scales groups of 64 with 16-bit ones, and 0.6 as power of smoothing 0.5 and 0.7.
 PRESETS: dict[str, str] = {
-    "balanced": "lm4-g40-e4m3-prescaled:predict=64:loop",
-    "small": "lm3-g40-e4m3-prescaled:predict=64:loop",
-    "balanced-portable": "lm4-g40-e4m3-prescaled",
-    "small-portable": "lm3-g40-e4m3-prescaled",
+    "balanced": "lm4-g40-e4m3-prescaled0.6:predict=64:loop",
+    "small": "lm3-g40-e4m3-prescaled0.6:predict=64:loop",
+    "balanced-portable": "lm4-g40-e4m3-prescaled0.6",
+    "small-portable": "lm3-g40-e4m3-prescaled0.6",
 }

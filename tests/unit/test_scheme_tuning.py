@@ -117,7 +117,11 @@ def test_candidates_cost_what_they_say():
 
 def test_errors_are_those_of_the_wire(weights, calibration):
     """One sync point sent in a format, the others exactly: the residual moves by as much as was measured there."""
-    names = "lm4-g32-e4m3-prescaled", "int8-g128-e4m3-prescaled-outlier32", "lm3-g64-e4m3-prescaled-rotated-outlier64"
+    names = (
+        "lm4-g32-e4m3-prescaled0.6",
+        "int8-g128-e4m3-prescaled0.6-outlier32",
+        "lm3-g64-e4m3-prescaled0.6-rotated-outlier64",
+    )
     formats = [each for each in candidates(81) if each.name in names]
     assert len(formats) == 3
     sequence = WINDOWS[0]
@@ -162,7 +166,7 @@ def residual_error(weights, calibration, scheme, name, sequence) -> float:
 def test_predicted_parts_do_not_count(weights):
     """What is foretold need not travel: errors are smaller wherever the calibration has kept a predictor."""
     calibration = calibrate(weights, [prompt_of(131, 90, start) for start in range(0, 64, 2)], "0" * 64)
-    formats = [each for each in candidates(81) if each.name == "lm4-g32-e4m3-prescaled"]
+    formats = [each for each in candidates(81) if each.name == "lm4-g32-e4m3-prescaled0.6"]
     alone = format_errors(weights, calibration, formats, True, WINDOWS[:2])
     foretold = format_errors(weights, calibration, formats, False, WINDOWS[:2])
     helped = [site for site in alone if calibration.sync_points[site[0]].moments.predictor is not None]
