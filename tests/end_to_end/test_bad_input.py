@@ -60,8 +60,8 @@ def other_model(path: Path) -> None:
 
 def other_version(path: Path) -> None:
     data = path.read_bytes()
-    assert data.count(b'"version":"2"') == 1
-    path.write_bytes(data.replace(b'"version":"2"', b'"version":"9"'))
+    assert data.count(b'"version":"3"') == 1
+    path.write_bytes(data.replace(b'"version":"3"', b'"version":"9"'))
 
 
 def cut(path: Path) -> None:
