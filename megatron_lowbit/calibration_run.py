@@ -220,7 +220,7 @@ def _statistics(
     partial_min, partial_max = seen.partial.minimum, seen.partial.maximum
     sum_min, sum_max = seen.sum.minimum, seen.sum.maximum
     assert partial_min is not None and partial_max is not None and sum_min is not None and sum_max is not None
-    partial_rms, sum_rms, ratio = seen.partial_rms.rms, seen.sum_rms.rms[0], seen.ratio.mean
+    partial_rms, sum_rms, ratio = seen.partial_rms.rms, seen.sum_rms.rms[0], seen.ratio.factor
     if rest is None or rest.after >= rest.before:  # on unseen text it does not help
         predictor, rest_partial_rms, rest_sum_rms = None, partial_rms, sum_rms
     else:

@@ -23,7 +23,7 @@ class SyncPointMoments:
     """Root mean squares over tokens, FP32: `[R, H]` of every rank's partial, `[H]` of the sum.
 
     rest_*: of what is left when the predictor's share is taken out (equal to the others where it is None).
-    ratio_R: mean root mean square of a row of the sum over that of a rank's partial.
+    ratio_R: estimates the root mean square of a row of the sum from that of a rank's partial (`RatioObserver`).
     predictor: None where it did not help on text that it was not fitted to.
     partial_mean: `[R, H]`, each token weighing 1 over its sum's mean square. partial_step, sum_step: static steps of
     least squared error, `[7, R, H]` and `[7, H]`, at 2 to 8 bits. All three are None in files of version 2.

@@ -65,24 +65,29 @@ class RmsObserver:
 
 
 class RatioObserver:
-    """Root mean square of a row of the sum over that of each rank's partial, mean over sequences."""
+    """By what a rank multiplies its own row's root mean square to estimate that of the sum, which it does not know yet.
+
+    Senders carry errors by the estimate, and the share `1 - estimate / truth` of them stays behind. The factor is the
+    one that leaves least of them in the mean square, with q the partial's over the sum's: sum(q) / sum(q^2). That is
+    never more than there was; the plain mean of ratios would let errors grow where ranks' shares vary much.
+    """
 
     def __init__(self) -> None:
-        self._sequences = 0
-        self._total: torch.Tensor | None = None
+        self._sums: torch.Tensor | None = None
 
     def update(self, partial_LTH: torch.Tensor, full_TH: torch.Tensor) -> None:
         """Takes in all tokens of one sequence."""
-        rows_L = partial_LTH.float().square().mean(dim=2).sqrt().mean(dim=1).clamp_min(1e-30)
-        ratio_L = full_TH.square().mean(dim=1).sqrt().mean() / rows_L
-        self._sequences += 1
-        self._total = ratio_L if self._total is None else self._total + ratio_L
+        partial_LT = partial_LTH.float().square().mean(dim=2).sqrt()
+        share_LT = partial_LT / full_TH.square().mean(dim=1).sqrt().clamp_min(1e-30)
+        sums = torch.stack((share_LT.sum(dim=1), share_LT.square().sum(dim=1)))
+        self._sums = sums if self._sums is None else self._sums + sums
 
     @property
-    def mean(self) -> torch.Tensor:
-        """FP32 `[L]`."""
-        assert self._total is not None
-        return self._total / self._sequences
+    def factor(self) -> torch.Tensor:
+        """FP32 `[L]`; 0 for a rank whose partials are always 0."""
+        assert self._sums is not None
+        first, second = self._sums
+        return torch.where(second > 0, first / second.clamp_min(1e-30), 0.0)
 
 
 class ObservingAllReduce:

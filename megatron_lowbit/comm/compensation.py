@@ -28,6 +28,8 @@ from megatron_lowbit.comm.predictor import PredictorOnDevice
 RMS_NBYTES = 2
 #: What is carried back through a norm's small weights would be large: at most so many typical magnitudes of a feature.
 OWNER_LIMIT, SENDER_LIMIT = 1.0, 4.0
+#: Of the estimated scale, so much is carried: what is left stays in the loop, what is too much has to come back.
+CAUTION = 0.75
 #: Share of the weights' mean square below which a weight no longer counts when errors are carried back by senders.
 DAMPING = 0.05
 SMALLEST_WEIGHT = 1e-4
@@ -234,7 +236,8 @@ class _NormedSteps(_Steps):
             self.reduce_codec.encode(x_PH, self.rank, packet_PB)
             return
         # the sum's root mean square is not known yet: estimated from this rank's own partial
-        rms_P1 = _rms(self.partial_TH[rows].float(), self.norm.eps) * self.limits.ratio_R[self.rank]
+        estimate_P1 = _rms(self.partial_TH[rows].float(), self.norm.eps) * self.limits.ratio_R[self.rank]
+        rms_P1 = CAUTION * estimate_P1
         weight = self.scale_H / (self.scale_H.square() + DAMPING * self.scale_H.square().mean())
         limit_H = SENDER_LIMIT * self.limits.partial_rms_RH[self.rank]
         carried_PH = (self.missed_TH[rows] * rms_P1 * weight).clamp(-limit_H, limit_H)

@@ -76,8 +76,8 @@ def _bf16_towards(values: torch.Tensor, direction: float) -> torch.Tensor:
 class LoopLimits:
     """Typical magnitudes, from calibration, for carrying errors back through a norm.
 
-    partial_rms_RH: of every rank's partials as they are encoded; sum_rms_H: of sums as they are encoded; ratio_R: root
-    mean square of a row of the sum over that of a rank's partial. All FP32.
+    partial_rms_RH: of every rank's partials as they are encoded; sum_rms_H: of sums as they are encoded; ratio_R: by
+    what the root mean square of a rank's row is multiplied to estimate that of the sum's. All FP32.
     """
 
     partial_rms_RH: torch.Tensor

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.model_cases import prompt_of
 
-from megatron_lowbit.calibration.observer import ObservingAllReduce, RangeObserver
+from megatron_lowbit.calibration.observer import ObservingAllReduce, RangeObserver, RatioObserver
 from megatron_lowbit.calibration_run import calibrate, text_digest
 from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.parallel import ParallelContext
@@ -74,17 +74,33 @@ def test_observing_passes_the_sum_on_and_sees_partials_and_sum():
     residual = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
     joined = observing.join(partials, residual, torch.tensor([10.0, 20.0]), torch.zeros(2, 2), None, None)
     assert joined.tolist() == [[9.0, 20.0], [17.0, 26.0]]
-    # root mean squares over both tokens; a row of the sum beside a row of each rank's partial, in the mean
+    # root mean squares over both tokens; of a row of each rank's partial over the sum's, by least squares
     assert observing.partial_rms.rms.square().flatten().tolist() == pytest.approx([13.0, 2.0, 4.5, 8.5])
     assert observing.sum_rms.rms.square().flatten().tolist() == pytest.approx([14.5, 8.5])
-    sums = (2.5**0.5 + 20.5**0.5) / 2
-    rows = ((2.5**0.5 + 12.5**0.5) / 2, (5.0**0.5 + 8.0**0.5) / 2)
-    assert observing.ratio.mean.tolist() == pytest.approx([sums / row for row in rows])
+    shares = ((1.0, (12.5 / 20.5) ** 0.5), (2.0**0.5, (8.0 / 20.5) ** 0.5))
+    expected = [(a + b) / (a * a + b * b) for a, b in shares]
+    assert observing.ratio.factor.tolist() == pytest.approx(expected)
     assert observing.partial.minimum is not None and observing.partial.maximum is not None
     assert observing.partial.minimum.tolist() == [[1.0, -2.0], [-3.0, 1.0]]
     assert observing.partial.maximum.tolist() == [[5.0, 0.0], [0.0, 4.0]]
     assert observing.sum.minimum is not None and observing.sum.maximum is not None
     assert observing.sum.minimum.tolist() == [[-2.0, -1.0]] and observing.sum.maximum.tolist() == [[5.0, 4.0]]
+
+
+def test_an_estimated_scale_never_leaves_more_than_there_was():
+    """In the mean square over tokens, however unlike a rank's shares of their sums are; a rank without heads has 0."""
+    generator = torch.Generator().manual_seed(0)
+    full_TH = torch.randn(500, 32, generator=generator)
+    share_T1 = torch.randn(500, 1, generator=generator).mul(2).exp()  # over four decades
+    partial_LTH = torch.stack((full_TH * share_T1, torch.zeros_like(full_TH)))
+    observer = RatioObserver()
+    for rows in (slice(0, 200), slice(200, 500)):
+        observer.update(partial_LTH[:, rows], full_TH[rows])
+    factor, none = observer.factor.tolist()
+    left_T = 1 - factor * share_T1
+    assert none == 0.0 and float(left_T.square().mean()) < 1
+    plain = float(1 / share_T1.mean())  # the plain mean of ratios would leave far more
+    assert float((1 - plain * share_T1).square().mean()) > 2
 
 
 # ---- calibrate ------------------------------------------------------------------------------------------------------
