@@ -13,7 +13,7 @@ from megatron_lowbit.calibration.artifact import CommCalibration, SyncPointStati
 from megatron_lowbit.calibration.moments import SyncPointMoments
 from megatron_lowbit.calibration.observer import ObservingAllReduce, RestObservingAllReduce
 from megatron_lowbit.calibration.predictor_fit import MomentObserver, fit_predictor
-from megatron_lowbit.calibration.step_observer import BINS, StepObserver
+from megatron_lowbit.calibration.step_observer import BINS, BITS, StepObserver
 from megatron_lowbit.comm.all_reduce import AllReduce, build_all_reduce
 from megatron_lowbit.comm.compensation import CompensatedAllReduce
 from megatron_lowbit.comm.constants import NO_CONSTANTS
@@ -205,8 +205,11 @@ def _fitted(context: ParallelContext, observer: MomentObserver, seen: ObservingA
     step_BLH, sum_step_BH = seen.partial_steps.steps(), seen.sum_steps.steps()[:, 0]
     seen.partial_steps = seen.sum_steps = StepObserver()  # the memory is needed for the next group
     if not context.virtual:  # each rank saw its own partial only
-        rows = context.all_gather(torch.cat((mean_LH, step_BLH[:, 0])), PURPOSE)
-        mean_LH, step_BLH = rows[:, 0], rows[:, 1:].transpose(0, 1).contiguous()
+        rows = context.all_gather(torch.cat((mean_LH, step_BLH[:, 0], sum_step_BH)), PURPOSE)
+        mean_LH, step_RBH, sum_step_RBH = rows.split((1, len(BITS), len(BITS)), dim=1)
+        mean_LH, step_BLH = mean_LH[:, 0], step_RBH.transpose(0, 1).contiguous()
+        # GPUs count in no fixed order, so steps of the sum could differ from rank to rank: the first rank's are taken
+        sum_step_BH = sum_step_RBH[0]
     return _Fitted(mean_LH.cpu(), step_BLH.cpu(), sum_step_BH.cpu())
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_lowbit.calibration.moments import SyncPointMoments
+from megatron_lowbit.calibration.moments import AGAIN, SyncPointMoments
 from megatron_lowbit.files import replacing
 
 FORMAT = "megatron-lowbit-calibration"
@@ -82,25 +82,24 @@ class CommCalibration:
         """Raises FileNotFoundError or ValueError that says what is wrong with the file and how to make a new one."""
         if not path.is_file():
             raise FileNotFoundError(f"calibration file {path} not found; make it with `megatron-lowbit calibrate`")
-        again = "run `megatron-lowbit calibrate` again"
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} is not a calibration file (format {metadata.get('format')!r}); {again}")
+                    raise ValueError(f"{path} is not a calibration file (format {metadata.get('format')!r}); {AGAIN}")
                 if metadata.get("version") not in READABLE:
                     raise ValueError(
                         f"calibration {path} has version {metadata.get('version')!r}, this program reads "
-                        f"versions {', '.join(READABLE)}; {again}"
+                        f"versions {', '.join(READABLE)}; {AGAIN}"
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, struct.error) as error:
-            raise ValueError(f"calibration {path} is damaged ({error}); {again}") from error
+            raise ValueError(f"calibration {path} is damaged ({error}); {AGAIN}") from error
         try:
             tp, hidden, sequences, length = (int(metadata[key]) for key in ("tp", "hidden", "sequences", "length"))
             fingerprint, text_sha256 = metadata["fingerprint"], metadata["text_sha256"]
         except (KeyError, ValueError) as error:
-            raise ValueError(f"calibration {path} is damaged (its header: {error}); {again}") from error
+            raise ValueError(f"calibration {path} is damaged (its header: {error}); {AGAIN}") from error
         expected = {
             "partial_min": (tp, hidden),
             "partial_max": (tp, hidden),
@@ -113,21 +112,21 @@ class CommCalibration:
             if statistic in expected and (tuple(tensor.shape) != expected[statistic] or tensor.dtype != torch.float32):
                 raise ValueError(
                     f"calibration {path}: {full_name} is {tensor.dtype} {tuple(tensor.shape)}, expected float32 "
-                    f"{expected[statistic]}; {again}"
+                    f"{expected[statistic]}; {AGAIN}"
                 )
             if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"calibration {path}: {full_name} holds values that are not finite; {again}")
+                raise ValueError(f"calibration {path}: {full_name} holds values that are not finite; {AGAIN}")
             points.setdefault(name, {})[statistic] = tensor
         incomplete = [name for name, statistics in points.items() if not set(STATISTICS) <= set(statistics)]
         if incomplete or not points:
-            raise ValueError(f"calibration {path} lacks statistics of {incomplete or 'every sync point'}; {again}")
+            raise ValueError(f"calibration {path} lacks statistics of {incomplete or 'every sync point'}; {AGAIN}")
         sync_points = {}
         for name, statistics in points.items():
             ranges = {statistic: statistics.pop(statistic) for statistic in STATISTICS}
             try:
                 moments = SyncPointMoments.from_tensors(statistics, tp, hidden) if statistics else None
             except ValueError as error:
-                raise ValueError(f"calibration {path}: sync point {name}: {error}; {again}") from error
+                raise ValueError(f"calibration {path}: sync point {name}: {error}; {AGAIN}") from error
             sync_points[name] = SyncPointStatistics(**ranges, moments=moments)
         return cls(
             fingerprint=fingerprint,

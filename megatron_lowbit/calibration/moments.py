@@ -14,6 +14,8 @@ from megatron_lowbit.comm.predictor import Predictor
 
 # Shapes: R ranks, H hidden features, K rank of the predictor.
 
+#: What helps where a file lacks something.
+AGAIN = "run `megatron-lowbit calibrate` again"
 #: Tensors of a predictor are stored under this and their field's name.
 PREDICTOR = "predictor_"
 
@@ -76,7 +78,7 @@ class SyncPointMoments:
     def _given(self, name: str) -> torch.Tensor:
         found: torch.Tensor | None = getattr(self, name)
         if found is None:
-            raise ValueError(f"the calibration lacks {name}, it is an older one; run `megatron-lowbit calibrate` again")
+            raise ValueError(f"the calibration lacks {name}, it is an older one; {AGAIN}")
         return found
 
     def limits(self, foretold: bool) -> LoopLimits:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_lowbit.calibration.predictor_fit import MomentObserver
+from megatron_lowbit.calibration.predictor_fit import MomentObserver, token_weights
 from megatron_lowbit.calibration.step_observer import StepObserver
 from megatron_lowbit.comm.all_reduce import AllReduce
 from megatron_lowbit.comm.predictor import PredictorOnDevice
@@ -123,7 +123,7 @@ class ObservingAllReduce:
         self.ratio.update(partial_LTH, full_TH)
         if self._moments is not None:
             some = slice(None, None, STEP_TOKENS)
-            weight_T = 1.0 / full_TH[some].square().mean(dim=1).clamp_min(1e-12)
+            weight_T = token_weights(full_TH[some])
             self.partial_steps.update(partial_LTH[:, some], weight_T)
             self.sum_steps.update(full_TH[None, some], weight_T)
             if self.fits:

@@ -8,13 +8,12 @@ from dataclasses import replace
 import torch
 
 from megatron_lowbit.calibration.artifact import CommCalibration, SyncPointStatistics
+from megatron_lowbit.calibration.moments import AGAIN
 from megatron_lowbit.comm.constants import NO_CONSTANTS, SyncPointConstants, static_constants
 from megatron_lowbit.comm.schemes import CommScheme
 from megatron_lowbit.comm.wire_format import WireFormat
 
 # Shapes: R ranks, H hidden features, D body features, K outliers.
-
-AGAIN = "run `megatron-lowbit calibrate` again"
 
 
 def aggregated_range(point: SyncPointStatistics) -> torch.Tensor:

@@ -18,6 +18,11 @@ SMALLEST_INPUT = 1e-4
 MOST_ADDED = 16
 
 
+def token_weights(sum_TH: torch.Tensor) -> torch.Tensor:
+    """FP32 `[T]`: 1 over the mean square of each token's sum."""
+    return 1.0 / sum_TH.square().mean(dim=1).clamp_min(1e-12)
+
+
 class MomentObserver:
     """Sums of input x input and input x partial over tokens, each token weighted by 1 over its sum's mean square.
 
@@ -31,7 +36,7 @@ class MomentObserver:
 
     def update(self, input_TH: torch.Tensor, partial_LTH: torch.Tensor, sum_TH: torch.Tensor) -> None:
         """Takes in the tokens of one sequence; partials of the L ranks in this process."""
-        weight_T1 = 1.0 / sum_TH.square().mean(dim=1, keepdim=True).clamp_min(1e-12)
+        weight_T1 = token_weights(sum_TH)[:, None]
         ones = torch.ones(input_TH.shape[0], 1, device=input_TH.device)
         input_TI = torch.cat((input_TH.float(), ones), dim=1)
         weighted_IT = (input_TI * weight_T1).T

@@ -64,15 +64,15 @@ class CommScheme:
         names = [point.name for point in self.points]
         if len(set(names)) < len(names) or (names and self.gather_stage is None):
             raise ValueError(f"scheme {self.name!r}: formats of sync points go with two stages, each point named once")
-        own = [(self.reduce_stage, self.gather_stage)]
-        pairs = own + [(point.reduce_stage, point.gather_stage) for point in self.points]
-        of_pairs = [{wire.outlier_divisor for wire in pair if wire is not None} - {0} for pair in pairs]
-        divisors = next((each for each in of_pairs if len(each) > 1), set().union(*of_pairs))
-        if any(len(each) > 1 for each in of_pairs) or (divisors and self.outlier_choice == "none"):
-            raise ValueError(
-                f"scheme {self.name!r}: outlier_divisor {sorted(divisors)} of its stages with outlier_choice "
-                f"{self.outlier_choice!r}; allowed: the same divisor in both, and 'calibrated' or 'random'"
-            )
+        everywhere: tuple[CommScheme | PointFormats, ...] = (self, *self.points)
+        for stages in everywhere:
+            formats = [wire for wire in (stages.reduce_stage, stages.gather_stage) if wire is not None]
+            divisors = {wire.outlier_divisor for wire in formats} - {0}
+            if len(divisors) > 1 or (divisors and self.outlier_choice == "none"):
+                raise ValueError(
+                    f"scheme {self.name!r}: outlier_divisor {sorted(divisors)} of its stages with outlier_choice "
+                    f"{self.outlier_choice!r}; allowed: the same divisor in both, and 'calibrated' or 'random'"
+                )
 
     @property
     def stages(self) -> int:
