@@ -51,7 +51,7 @@ def calibrate(
         raise ValueError("calibration needs at least 2 tensor-parallel ranks; pass --tp N or --virtual-tp N")
     if not sequences:
         raise ValueError("calibration needs at least one sequence; use a longer text")
-    groups = [_sync_point_names(weights)]
+    groups = [weights.config.sync_points]
     if predictor_rank:
         groups = list(_groups(groups[0], hidden, len(context.local_ranks), memory_nbytes))
     held_out = sequences[::HELD_OUT] if predictor_rank else []
@@ -147,17 +147,6 @@ def _exact_all_reduce(weights: ModelWeights) -> AllReduce:
     collective = build_all_reduce(weights.context, scheme, weights.config.hidden_size, NO_CONSTANTS)
     assert not isinstance(collective, CompensatedAllReduce)
     return collective
-
-
-def _sync_point_names(weights: ModelWeights) -> list[str]:
-    names: list[str] = []
-
-    def note(name: str) -> AllReduce:
-        names.append(name)
-        return _exact_all_reduce(weights)
-
-    weights.build(note)
-    return names
 
 
 def _groups(names: Sequence[str], hidden: int, local_ranks: int, memory_nbytes: int) -> Iterator[list[str]]:

@@ -174,6 +174,12 @@ class ModelConfig:
         if any(self.sliding_layers) and (self.sliding_window is None or self.sliding_window < 1):
             raise ValueError(f"model config: sliding_window is {self.sliding_window}, it must be at least 1")
 
+    @property
+    def sync_points(self) -> list[str]:
+        """Names of the all-reduces of a forward pass, in their order."""
+        blocks = "self_attn.o_proj", "mlp.down_proj"
+        return [f"layers.{layer}.{block}" for layer in range(self.num_layers) for block in blocks]
+
     def window_of(self, layer: int) -> int | None:
         """Tokens that a token of this layer sees, itself included; None for all."""
         return self.sliding_window if self.sliding_layers and self.sliding_layers[layer] else None

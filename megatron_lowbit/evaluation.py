@@ -219,9 +219,8 @@ def _row(
     weights: ModelWeights, scheme: CommScheme, tally: _Tally, base: _Tally, decode: DecodePath | None
 ) -> EvaluationRow:
     context, hidden = weights.context, weights.config.hidden_size
-    names = sorted(tally.saturation) or ["any"]
     wire = scheme.for_dtype(weights.dtype)
-    reduce_bits, gather_bits = wire.wire_bits_per_value(hidden, names, weights.config.post_norms)
+    reduce_bits, gather_bits = wire.wire_bits_per_value(hidden, weights.config.sync_points, weights.config.post_norms)
     sent = sum(context.all_gather_json(tally.sent_nbytes)) if not context.virtual else tally.sent_nbytes
     counters = tally.saturation.values()
     local = [sum(c.values for c in counters), sum(c.saturated for c in counters), sum(c.non_finite for c in counters)]

@@ -13,7 +13,7 @@ from megatron_lowbit.calibration.scheme_file import TunedScheme
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.evaluation import DecodePath, evaluate
 from megatron_lowbit.quality_report_generation import continuations, generation_row
-from megatron_lowbit.quality_report_layers import sync_point_errors, sync_point_names
+from megatron_lowbit.quality_report_layers import sync_point_errors
 from megatron_lowbit.quality_report_outliers import outlier_rows, overlap_rows
 from megatron_lowbit.quality_report_statistics import ScoreBook
 from megatron_lowbit.quality_report_verdict import verdict_rows
@@ -202,7 +202,7 @@ class Report:
         with self.bar("outliers of tokens (passes)") as progress:
             tick = _Ticks(progress, len(windows))
             overlaps = overlap_rows(self.weights, calibration, windows, tick, self.backend)
-        return [*outlier_rows(calibration, sync_point_names(self.weights.config)), *overlaps]
+        return [*outlier_rows(calibration, self.weights.config.sync_points), *overlaps]
 
     def _generation(self) -> Rows:
         settings = self.settings

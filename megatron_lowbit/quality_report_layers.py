@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +16,6 @@ from megatron_lowbit.comm.saturation import SaturationCounter
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.comm.sync_point import JoiningAllReduce, Norm, SyncPoint, join_sum
 from megatron_lowbit.comm.wire_format import WireFormat
-from megatron_lowbit.config import ModelConfig
 from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.weights import ModelWeights
 
@@ -110,11 +109,11 @@ def sync_point_errors(
     exact_scheme = parse_scheme("exact").for_dtype(weights.dtype)
     exact = build_all_reduce(context, exact_scheme, hidden, NO_CONSTANTS, backend)
     assert not isinstance(exact, CompensatedAllReduce)
-    found = {name: SyncPointErrors() for name in sync_point_names(weights.config)}
+    found = {name: SyncPointErrors() for name in weights.config.sync_points}
     drift = _Drift()
 
     def watched(name: str, collective: AllReduce | CompensatedAllReduce) -> JoiningAllReduce:
-        first_stage = _first_stage(weights, scheme.at(name), name, calibration, backend)
+        first_stage = _first_stage(weights, scheme.at(name, weights.config.sync_points), name, calibration, backend)
         return _WatchedAllReduce(name, collective, exact, first_stage, found[name], drift)
 
     counters = {name: errors.saturation for name, errors in found.items()}
@@ -124,13 +123,7 @@ def sync_point_errors(
         model(TokenBatch.prompts([window], context.device))
         progress()
     shares = _saturated(weights, found)
-    return [_row(scheme, name, errors, shares[name]) for name, errors in found.items()]
-
-
-def sync_point_names(config: ModelConfig) -> Iterator[str]:
-    """Of all layers, in the order in which they are passed."""
-    for layer in range(config.num_layers):
-        yield from (f"layers.{layer}.self_attn.o_proj", f"layers.{layer}.mlp.down_proj")
+    return [_row(scheme.at(name, list(found)), name, errors, shares[name]) for name, errors in found.items()]
 
 
 def _first_stage(
@@ -167,7 +160,6 @@ def _saturated(weights: ModelWeights, found: dict[str, SyncPointErrors]) -> dict
 
 
 def _row(scheme: CommScheme, name: str, errors: SyncPointErrors, saturated: tuple[float, float]) -> dict[str, object]:
-    own = scheme.at(name)
     _, layer, _, kind = name.split(".")
     return {
         "part": "layers",
@@ -178,8 +170,8 @@ def _row(scheme: CommScheme, name: str, errors: SyncPointErrors, saturated: tupl
         "error": errors.error / errors.tokens,
         "reduce_error": None if errors.reduce_error is None else errors.reduce_error / errors.tokens,
         "drift": errors.drift / errors.tokens,
-        "saturated_reduce": saturated[0] if _has_static_range(own.reduce_stage) else None,
-        "saturated_gather": saturated[1] if _has_static_range(own.gather_stage) else None,
+        "saturated_reduce": saturated[0] if _has_static_range(scheme.reduce_stage) else None,
+        "saturated_gather": saturated[1] if _has_static_range(scheme.gather_stage) else None,
         "tokens": errors.tokens,
     }
 

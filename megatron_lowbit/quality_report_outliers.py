@@ -15,7 +15,6 @@ from megatron_lowbit.comm.constants import NO_CONSTANTS
 from megatron_lowbit.comm.schemes import parse_scheme
 from megatron_lowbit.comm.sync_point import Norm, join_sum
 from megatron_lowbit.layers.kv_cache import TokenBatch
-from megatron_lowbit.quality_report_layers import sync_point_names
 from megatron_lowbit.weights import ModelWeights
 
 # Shapes: L ranks living in this process, R ranks, T tokens, H hidden features, C columns of the map, K outliers.
@@ -80,7 +79,7 @@ def overlap_rows(
 
     `chance`: the value for random sets (of energy: for features that are all alike). Tokens come from `windows`.
     """
-    names = list(sync_point_names(weights.config))
+    names = weights.config.sync_points
     points = [calibration.sync_points[name] for name in names]
     values = set_overlaps(points, set_size(calibration.hidden))
     values |= _of_tokens(weights, calibration, windows, progress, backend)

@@ -104,7 +104,7 @@ class ModelWeights:
 
         def all_reduce(name: str) -> AllReduce | JoiningAllReduce:
             counter = None if saturation is None else saturation.setdefault(name, SaturationCounter())
-            own = scheme.at(name)
+            own = scheme.at(name, self.config.sync_points)
             constants = sync_point_constants(own, name, self.config.hidden_size, calibration, self.context.device)
             collective = build_all_reduce(
                 self.context, own, self.config.hidden_size, constants, backend, name, counter, policy, policy_log,

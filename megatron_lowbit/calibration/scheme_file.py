@@ -69,15 +69,15 @@ class TunedScheme:
     @cached_property
     def scheme(self) -> CommScheme:
         """The scheme itself."""
-        points, choices = [], {parse_scheme(self.base).outlier_choice} - {"none"}
+        base = parse_scheme(self.base)
+        points, choices = list(base.points), {base.outlier_choice} - {"none"}
         for name, (reduce_name, gather_name) in sorted(self.formats.items()):
             (reduce_stage, first), (gather_stage, second) = parse_format(reduce_name), parse_format(gather_name)
             points.append(PointFormats(name, reduce_stage, gather_stage))
             choices |= {first, second} - {"none"}
         if choices - {"calibrated"}:
             raise ValueError("its outliers are random ones; formats of single sync points take calibrated ones")
-        scheme = replace(parse_scheme(self.base), name=self.name)
-        return replace(scheme, points=tuple(points), outlier_choice="calibrated" if choices else "none")
+        return replace(base, name=self.name, points=tuple(points), outlier_choice="calibrated" if choices else "none")
 
     def save(self, path: Path) -> None:
         """Writes beside `path`, then renames. Raises ValueError for a path that would not be taken for a scheme's."""

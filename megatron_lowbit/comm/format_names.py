@@ -20,7 +20,7 @@ GRAMMAR = (
     "0.5), -hadamardN or -rotated (groups; every N features mixed, or all), and -outlier, -outlierN or -random, "
     "-randomN (1/64 or 1/N of the features as BF16), as in int4-g32-asym; REDUCE+GATHER for two different stages; then "
     "':one-stage' and, with -random, ':seed=N'; ':loop' and ':predict', ':predict=RANK' or ':centred' for what goes "
-    "beyond partial sums"
+    "beyond partial sums; ':first=FORMAT' and ':last=FORMAT' for the first and the last sync point of the model"
 )
 #: Fields of a WireFormat. A base alone need not make one: levels of a code book want groups.
 _BASES: dict[str, dict[str, Any]] = {

@@ -14,11 +14,13 @@ from megatron_lowbit.comm.wire_format import WireFormat
 ONE_STAGE = "one-stage"
 #: Where a name says `predict` alone.
 PREDICTOR_RANK = 64
+#: What the first and the last sync point of any model are called in `PointFormats`.
+FIRST, LAST = "first", "last"
 
 
 @dataclass(frozen=True)
 class PointFormats:
-    """The formats of one sync point, where they differ from the scheme's own."""
+    """The formats of one sync point, where they differ from the scheme's own. name: its path, or FIRST or LAST."""
 
     name: str
     reduce_stage: WireFormat
@@ -35,7 +37,7 @@ class CommScheme:
         partial sums from the block's input; 0 for none. Schemes with either need more than partial sums: the residual,
         the block's input, a state of the pass (`portable` is False).
     centred: the calibrated mean of every rank's partials is taken out before they travel (a predictor does that too).
-    points: formats of single sync points, where they are not these.
+    points: formats of single sync points, where they are not these; a path goes before FIRST, and that before LAST.
     outlier_choice: how the BF16 features are found: from calibrated ranges, or at random (seeded) as a baseline.
 
     Raises ValueError where the stages of a sync point set different features apart: one index set serves both.
@@ -81,7 +83,7 @@ class CommScheme:
     @property
     def has_static_stage(self) -> bool:
         """True where a stage has static scales."""
-        return any(wire.is_static for wire in self._formats)
+        return any(wire.is_static for wire in self.formats)
 
     @property
     def portable(self) -> bool:
@@ -93,24 +95,25 @@ class CommScheme:
         return (
             self.has_static_stage
             or not self.portable
-            or (self.outlier_choice == "calibrated" and any(wire.outlier_divisor for wire in self._formats))
+            or (self.outlier_choice == "calibrated" and any(wire.outlier_divisor for wire in self.formats))
         )
 
-    def at(self, name: str) -> CommScheme:
-        """The scheme of the sync point `name`, the same formats everywhere."""
+    def at(self, name: str, names: Sequence[str]) -> CommScheme:
+        """The scheme of the sync point `name`, the same formats everywhere; names: of all, in the order of a pass."""
         if not self.points:
             return self
-        for point in self.points:
-            if point.name == name:
-                return replace(self, reduce_stage=point.reduce_stage, gather_stage=point.gather_stage, points=())
-        return replace(self, points=())
+        called = [name, *([FIRST] if name == names[0] else []), *([LAST] if name == names[-1] else [])]
+        own = {point.name: point for point in self.points}
+        point = next((own[each] for each in called if each in own), self)
+        return replace(self, reduce_stage=point.reduce_stage, gather_stage=point.gather_stage, points=())
 
     def wire_bits_per_value(self, hidden: int, names: Sequence[str], post_norms: bool) -> tuple[float, float | None]:
         """Bits that really travel in each stage, in the mean over the sync points `names`; None for no second stage.
 
-        post_norms: norms stand between sums and residual: what compensates sends a row's root mean square (16 bits).
+        names: in the order of a pass. post_norms: norms stand between sums and residual: what compensates sends a row's
+        root mean square (16 bits).
         """
-        schemes = [self.at(name) for name in names]
+        schemes = [self.at(name, names) for name in names]
         extra = 16 / hidden if post_norms and not self.portable else 0.0
         reduce = sum(scheme.reduce_stage.wire_bits_per_value(hidden) for scheme in schemes) / len(schemes)
         if self.gather_stage is None:
@@ -120,7 +123,7 @@ class CommScheme:
 
     def outlier_count(self, hidden: int) -> int:
         """K, the features that travel as BF16 in the stages that set any apart."""
-        return max(wire.outlier_count(hidden) for wire in self._formats)
+        return max(wire.outlier_count(hidden) for wire in self.formats)
 
     def for_dtype(self, dtype: torch.dtype) -> CommScheme:
         """`exact` sends partial sums in the model's own dtype, which loses nothing; other schemes stay as they are."""
@@ -141,7 +144,8 @@ class CommScheme:
         return (ranks - 1) * (reduce_row + gather_row) / ranks
 
     @property
-    def _formats(self) -> list[WireFormat]:
+    def formats(self) -> list[WireFormat]:
+        """Of all stages and sync points."""
         both = [self.reduce_stage] if self.gather_stage is None else [self.reduce_stage, self.gather_stage]
         return both + [wire for point in self.points for wire in (point.reduce_stage, point.gather_stage)]
 
@@ -171,35 +175,54 @@ def parse_scheme(text: str) -> CommScheme:
     base, *options = PRESETS.get(text, text).split(":")
     known = f"known: {', '.join((*PRESETS, *SCHEMES))}, and others like them: {GRAMMAR}"
     try:
-        formats = [parse_format(name) for name in base.split("+")]
-        if len(formats) > 2:
-            raise ValueError(f"{len(formats)} formats; one for both stages, or REDUCE+GATHER")
-        (reduce_stage, _), (gather_stage, _) = formats[0], formats[-1]
-        choices = {choice for _, choice in formats if choice != "none"}
-        if len(choices) > 1:
-            raise ValueError("one stage has '-outlier' and the other '-random'; one set of features serves both")
-        scheme = CommScheme(text, reduce_stage, gather_stage, choices.pop() if choices else "none")
+        scheme = CommScheme(text, *_parse_stages(base))
     except ValueError as error:
         raise ValueError(f"unknown scheme {text!r}: {error}; {known}") from error
     for option in options:
-        rank = option.removeprefix("predict=") if option != "predict" else str(PREDICTOR_RANK)
-        if option == "loop" and not scheme.loop:
-            scheme = replace(scheme, loop=True)
-            continue
-        if option == "centred" and not scheme.centred:
-            scheme = replace(scheme, centred=True)
-            continue
-        if option.startswith("predict") and rank.isdecimal() and int(rank) and not scheme.predictor_rank:
-            scheme = replace(scheme, predictor_rank=int(rank))
-            continue
-        if option == ONE_STAGE and len(formats) == 1:
-            scheme = replace(scheme, gather_stage=None)
-        elif option.startswith("seed=") and option[5:].isdecimal() and scheme.outlier_choice == "random":
-            scheme = replace(scheme, seed=int(option[5:]))
-        else:
+        changed = _with_option(scheme, option, one_format="+" not in base)
+        if changed is None:
             raise ValueError(
                 f"scheme {text!r}: unknown option {option!r}; allowed: '{ONE_STAGE}' for schemes with one format and, "
                 "for those that end in -random like int4-random, 'seed=N'; with two stages 'loop', 'predict', "
-                "'predict=RANK' or 'centred'"
+                f"'predict=RANK' or 'centred', and '{FIRST}=FORMAT' and '{LAST}=FORMAT' for the model's first and last "
+                "sync point; each of them once"
             )
+        scheme = changed
     return scheme
+
+
+def _parse_stages(text: str) -> tuple[WireFormat, WireFormat, OutlierChoice]:
+    """`FORMAT` or `REDUCE+GATHER`. Raises ValueError."""
+    formats = [parse_format(name) for name in text.split("+")]
+    if len(formats) > 2:
+        raise ValueError(f"{len(formats)} formats; one for both stages, or REDUCE+GATHER")
+    (reduce_stage, _), (gather_stage, _) = formats[0], formats[-1]
+    choices = {choice for _, choice in formats if choice != "none"}
+    if len(choices) > 1:
+        raise ValueError("one stage has '-outlier' and the other '-random'; one set of features serves both")
+    return reduce_stage, gather_stage, choices.pop() if choices else "none"
+
+
+def _with_option(scheme: CommScheme, option: str, one_format: bool) -> CommScheme | None:
+    """None where there is no such option, where it does not go with the scheme, or the scheme has it already."""
+    key, _, value = option.partition("=")
+    number = int(value) if value.isdecimal() else 0
+    if option == "loop" and not scheme.loop:
+        return replace(scheme, loop=True)
+    if option == "centred" and not scheme.centred:
+        return replace(scheme, centred=True)
+    if key == "predict" and (number or option == key) and not scheme.predictor_rank:
+        return replace(scheme, predictor_rank=number or PREDICTOR_RANK)
+    if key in (FIRST, LAST) and value and key not in [point.name for point in scheme.points]:
+        try:
+            reduce_stage, gather_stage, choice = _parse_stages(value)
+            if choice not in ("none", scheme.outlier_choice):
+                raise ValueError(f"its BF16 features are {choice} ones, those of the scheme {scheme.outlier_choice}")
+            return replace(scheme, points=(*scheme.points, PointFormats(key, reduce_stage, gather_stage)))
+        except ValueError as error:
+            raise ValueError(f"scheme {scheme.name!r}: option {option!r}: {error}") from error
+    if option == ONE_STAGE and one_format:
+        return replace(scheme, gather_stage=None)
+    if key == "seed" and value.isdecimal() and scheme.outlier_choice == "random":
+        return replace(scheme, seed=number)
+    return None

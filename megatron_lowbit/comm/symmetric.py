@@ -108,7 +108,7 @@ def reserve(
     if reason := why_missing(context):
         logger.info("sync points: messages through the process group (no symmetric memory: %s)", reason)
         return None
-    row_nbytes = max(wire.packet_layout(hidden).row_nbytes for wire in (scheme.reduce_stage, scheme.gather_stage))
+    row_nbytes = max(wire.packet_layout(hidden).row_nbytes for wire in scheme.formats)
     logger.info("sync points: symmetric memory up to %d tokens", tokens)
     return SymmetricBuffers(context, tokens, row_nbytes)
 

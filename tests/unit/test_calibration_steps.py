@@ -148,6 +148,6 @@ def test_points_may_spend_different_shares():
     wires = [parse_scheme(f"int4-outlier{divisor}").reduce_stage for divisor in (16, 128)]
     points = tuple(PointFormats(f"p{at}", wire, wire) for at, wire in enumerate(wires))
     scheme = replace(base, points=points)
-    assert [scheme.at(name).outlier_count(256) for name in ("p0", "p1", "p2")] == [16, 2, 4]
+    assert [scheme.at(name, ["p0", "p1", "p2"]).outlier_count(256) for name in ("p0", "p1", "p2")] == [16, 2, 4]
     with pytest.raises(ValueError, match="outlier_divisor"):
         replace(base, points=(PointFormats("p0", *wires),))

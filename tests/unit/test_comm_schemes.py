@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import golden
 from helpers.messages import ALL_SCHEMES
 
-from megatron_lowbit.comm.schemes import SCHEMES, CommScheme, parse_scheme
+from megatron_lowbit.comm.schemes import SCHEMES, CommScheme, PointFormats, parse_scheme
 from megatron_lowbit.comm.wire_format import WireFormat
 
 PAPER = SCHEMES["int4-outlier"].reduce_stage
@@ -140,3 +142,34 @@ def test_schemes_and_formats_are_frozen():
     with pytest.raises(AttributeError):
         PAPER.bits = 8  # type: ignore[misc]
     assert isinstance(hash(SCHEMES["int4"]), int) and CommScheme("a", INT4, None) == CommScheme("a", INT4, None)
+
+
+def test_first_and_last_sync_points_have_formats_of_their_own():
+    names = ["a", "b", "c", "d"]
+    scheme = parse_scheme("int3-g64:loop:last=int7-g64+int8-g64:first=int4-g64")
+    bits = [(own.reduce_stage.bits, own.gather_stage.bits) for own in (scheme.at(name, names) for name in names)]
+    assert bits == [(4, 4), (3, 3), (3, 3), (7, 8)]
+    assert all(scheme.at(name, names).loop and not scheme.at(name, names).points for name in names)
+    reduce, gather = scheme.wire_bits_per_value(640, names, False)
+    assert (reduce, gather) == (17 / 4 + 0.25, 18 / 4 + 0.25)
+    # the formats of a path come before those of an end, and those of the first before the last's
+    named = replace(scheme, points=(*scheme.points, PointFormats("d", *[WireFormat(5, 64)] * 2)))
+    assert named.at("d", names).reduce_stage.bits == 5 and named.at("a", ["a"]).reduce_stage.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("int4-g64:last", "unknown option 'last'"),
+        ("int4-g64:last=", "unknown option 'last='"),
+        ("int4-g64:last=int9", "option 'last=int9': no format is called 'int9'"),
+        ("int4-g64:last=int5-g64:last=int6-g64", "unknown option 'last=int6-g64'"),
+        ("int4-g64:first=int5-g64-outlier", "its BF16 features are calibrated ones, those of the scheme none"),
+        ("int4-g64-outlier:last=int5-g64-outlier+int6-g64-outlier32", "outlier_divisor"),
+        ("int4-g64:one-stage:last=int5-g64", "two stages"),
+        ("int4-g64:last=int5-g64:one-stage", "two stages"),
+    ],
+)
+def test_ends_that_make_no_scheme_are_refused(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_scheme(text)

@@ -7,6 +7,7 @@ import pytest
 from megatron_lowbit.comm.presets import PRESETS
 from megatron_lowbit.comm.schemes import parse_scheme
 
+LAYERS = 18
 LIMITS = {"balanced": 4.25, "balanced-portable": 4.25, "small": 3.25, "small-portable": 3.25}
 
 
@@ -16,15 +17,14 @@ def test_every_preset_has_a_promise():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_wire_bits_stay_below_the_limit(name):
-    """Rows are padded and groups rarely fill them."""
-    scheme = parse_scheme(name)
+    """Rows are padded and groups rarely fill them; the fewer layers, the more the ends weigh."""
+    scheme, points = parse_scheme(name), [str(point) for point in range(2 * LAYERS)]
     for hidden in (*range(512, 1400), *range(1400, 9000, 61), *range(1408, 16385, 64), 2880):
         for post_norms in (False, True):
-            reduce, gather = scheme.wire_bits_per_value(hidden, ["any"], post_norms)
-            promised = hidden % 64 == 0 and (hidden >= 640 or not post_norms)
-            limit = LIMITS[name] + (0.0 if promised else 0.06)
+            reduce, gather = scheme.wire_bits_per_value(hidden, points, post_norms)
+            limit = LIMITS[name] + (0.0 if hidden % 128 == 0 and hidden >= 640 else 0.1)
             assert gather is not None and (reduce + gather) / 2 <= limit, hidden
-    assert LIMITS[name] - 0.35 < sum(scheme.wire_bits_per_value(4096, ["any"], False)) / 2  # nor does it waste them
+    assert LIMITS[name] - 0.35 < sum(scheme.wire_bits_per_value(4096, points, False)) / 2  # nor does it waste them
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -18,7 +18,7 @@ from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.parallel import ParallelContext
 from megatron_lowbit.quality_report import Report, ReportSettings
 from megatron_lowbit.quality_report_generation import continuations
-from megatron_lowbit.quality_report_layers import sync_point_errors, sync_point_names
+from megatron_lowbit.quality_report_layers import sync_point_errors
 from megatron_lowbit.quality_report_outliers import OVERLAPS, outlier_rows, overlap_rows, set_overlaps
 from megatron_lowbit.sampling import SamplingParams
 from megatron_lowbit.weights import ModelWeights, load_weights
@@ -71,7 +71,7 @@ def test_errors_are_those_of_the_partials_that_came(weights, calibration, name):
     scheme = parse_scheme(name)
     rows = sync_point_errors(weights, scheme, calibration, WINDOWS[:2], lambda: None)
     passes = [record(weights, scheme, calibration, window) for window in WINDOWS[:2]]
-    assert [row["sync_point"] for row in rows] == list(passes[0]) == list(sync_point_names(weights.config))
+    assert [row["sync_point"] for row in rows] == list(passes[0]) == weights.config.sync_points
     drifts = [torch.zeros(LENGTH, HIDDEN) for _ in passes]
     for row in rows:
         errors, after_drifts, reduced = [], [], []

@@ -66,13 +66,13 @@ def test_comes_back_the_same_under_its_files_name(path):
 
 
 def test_each_point_has_its_formats_and_others_the_bases(path):
-    scheme = TunedScheme.load(path).scheme
+    scheme, names = TunedScheme.load(path).scheme, sorted(made().calibration.sync_points)
     for name, (reduce_name, gather_name) in FORMATS.items():
-        at = scheme.at(name)
+        at = scheme.at(name, names)
         assert at.reduce_stage == parse_scheme(reduce_name).reduce_stage
         assert at.gather_stage == parse_scheme(gather_name).reduce_stage
         assert at.outlier_count(70) == (1 if "outlier" in gather_name else 0)
-    other = scheme.at("layers.0.self_attn.o_proj")
+    other = scheme.at("layers.0.self_attn.o_proj", names)
     assert (other.reduce_stage, other.outlier_count(70)) == (parse_scheme(BASE).reduce_stage, 0)
 
 

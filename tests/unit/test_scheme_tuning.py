@@ -217,7 +217,7 @@ def test_a_budget_is_kept_and_spent(weights, calibration, portable):
     scheme = tuned.scheme.scheme
     assert {point.name for point in tuned.points} == set(calibration.sync_points)
     for point in tuned.points:
-        at = scheme.at(point.name)
+        at = scheme.at(point.name, weights.config.sync_points)
         assert at.reduce_stage == parse_scheme(point.reduce_format).reduce_stage
         assert at.gather_stage == parse_scheme(point.gather_format).reduce_stage
     assert sum(point.error_share for point in tuned.points) == pytest.approx(1.0)
