@@ -16,7 +16,7 @@ from megatron_lowbit.calibration.predictor_fit import MomentObserver, fit_predic
 from megatron_lowbit.calibration.step_observer import StepObserver
 from megatron_lowbit.comm.all_reduce import build_all_reduce
 from megatron_lowbit.comm.compensation import LoopState
-from megatron_lowbit.comm.schemes import parse_scheme
+from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.comm.sync_point import SyncPoint
 from megatron_lowbit.parallel import ParallelContext
 
@@ -26,6 +26,7 @@ SCHEMES = (
     "int4-g40-e4m3-prescaled-rotated:predict=6:loop", "int4-g32-hadamard16-outlier+int5-g32-outlier:loop",
     "int3-g32+int4-g16-prescaled-outlier-rotated:loop:predict=5", "lm4-g40-e4m3-prescaled:predict=8:loop",
     "lm3-g40-e4m3-prescaled0.7:centred:loop", "int4-fitted-outlier32:centred", "int5-fitted:predict=4:loop",
+    "lm3-g32-prescaled:predict=4:loop:first=lm4-g40-e4m3-prescaled0.6:last=int7-g32-prescaled+int6-g64-rotated",
 )  # fmt: skip
 
 
@@ -65,12 +66,17 @@ class Chain:
             residual_TH += whole if norm is None else norm(whole)
         return residual_TH
 
+    def scheme_at(self, number: int) -> CommScheme:
+        """Of point `number`, whose name is `p` and that."""
+        names = [f"p{point}" for point in range(len(self.partials))]
+        return parse_scheme(self.scheme).at(names[number], names)
+
     def run(self, context: ParallelContext, rows: slice = slice(None)) -> list[torch.Tensor]:
         """The residual behind each point, of some of the tokens."""
-        scheme = parse_scheme(self.scheme)
         state, residual_TH, seen = LoopState(), self.residual_TH[rows].clone(), []
         local = list(context.local_ranks)
         for number, (partial, bias, norm) in enumerate(zip(self.partials, self.biases, self.norms, strict=True)):
+            scheme = self.scheme_at(number)
             constants = constants_from_statistics(scheme, f"p{number}", self.statistics[number])
             all_reduce = build_all_reduce(
                 context, scheme, partial.shape[2], constants, name=f"p{number}", post_norm=norm is not None

@@ -34,11 +34,11 @@ def foretold(predictor, h):
 def test_a_chain_of_sums_written_out(seed):
     """Pre-norm: what is missed by each sender and by the owner goes into the next message."""
     chain = draw_chain(seed, RANKS, tokens=9, hidden=96, normed=False)
-    scheme = parse_scheme(chain.scheme)
     residual = chain.residual_TH.clone()
     missed = [torch.zeros_like(residual) for _ in range(RANKS)]
     owed = torch.zeros_like(residual)
     for number, found in enumerate(run(chain)):
+        scheme = chain.scheme_at(number)
         constants = constants_from_statistics(scheme, f"p{number}", chain.statistics[number])
         shares, share = [0.0] * RANKS, 0.0
         if scheme.predictor_rank or scheme.centred:
