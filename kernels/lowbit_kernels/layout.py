@@ -16,7 +16,7 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
-Values = Literal["int", "e4m3", "e2m1", "lm", "nf4"]
+Values = Literal["int", "e4m3", "e2m1", "lm", "nf4", "tc"]
 ScaleFormat = Literal["bf16", "e4m3", "e8m0"]
 
 VALUE_BITS = (16, 32)
@@ -26,9 +26,10 @@ CODE_BITS: dict[str, tuple[int, ...]] = {
     "e2m1": (4,),
     "lm": (2, 3, 4),
     "nf4": (4,),
+    "tc": (2, 3, 4),
 }
 #: Values that are levels of a code book, see `codebooks.py`.
-CODE_BOOKS = ("lm", "nf4")
+CODE_BOOKS = ("lm", "nf4", "tc")
 SCALE_FORMATS = ("bf16", "e4m3", "e8m0")
 # Widths that divide 8, so that no value of a plane crosses a byte.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
@@ -118,6 +119,11 @@ class PacketLayout:
     def has_levels(self) -> bool:
         """True where codes are indices of a code book's levels."""
         return self.values in CODE_BOOKS
+
+    @functools.cached_property
+    def has_trellis(self) -> bool:
+        """True where the level of a code depends on the codes before it in the group."""
+        return self.values == "tc"
 
     @functools.cached_property
     def needs_static(self) -> bool:

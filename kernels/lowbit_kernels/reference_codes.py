@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit_kernels.codebooks import levels, thresholds
 from lowbit_kernels.layout import PacketLayout
+from lowbit_kernels.reference_trellis import trellis_codes, trellis_places
 from lowbit_kernels.reference_floats import (
     E2M1,
     E4M3,
@@ -101,6 +102,8 @@ def encode_groups(body: Tensor, layout: PacketLayout) -> tuple[Tensor, GroupSide
         codes = E4M3.codes(product)
     elif layout.values == "e2m1":
         codes = _e2m1_codes(product)
+    elif layout.has_trellis:
+        codes = _trellis_codes(product, layout)
     elif layout.has_levels:
         # how many thresholds a product exceeds
         codes = torch.bucketize(product, product.new_tensor(thresholds(layout.values, layout.bits)), out_int32=True)
@@ -151,12 +154,24 @@ def code_values(codes: Tensor, layout: PacketLayout) -> Tensor:
         return E4M3.values(codes)
     if layout.values == "e2m1":
         return E2M1.values(codes)
+    if layout.has_trellis:
+        codes = trellis_places(codes, layout.group_size)
     if layout.has_levels:
         return torch.tensor(levels(layout.values, layout.bits), device=codes.device)[codes]
     if layout.asymmetric:
         return codes.float()
     sign = 2 ** (layout.bits - 1)
     return ((codes ^ sign) - sign).float()
+
+
+def _trellis_codes(product_TGS: Tensor, layout: PacketLayout) -> Tensor:
+    """The last group of a row ends where the body does."""
+    tokens, groups, size = product_TGS.shape
+    book = levels(layout.values, layout.bits)
+    codes = trellis_codes(product_TGS.reshape(tokens * groups, size), book).view(tokens, groups, size)
+    if rest := layout.body % size:
+        codes[:, -1, :rest] = trellis_codes(product_TGS[:, -1, :rest], book)
+    return codes
 
 
 def _scales(y_TGS: Tensor, minimum_TG: Tensor | None, layout: PacketLayout) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -186,7 +201,7 @@ def _wanted_step(y_TGS: Tensor, minimum_TG: Tensor | None, layout: PacketLayout)
     is what the group decodes to, but for NaN where the level is 0.
     """
     highest_TG, lowest_TG = y_TGS.amax(dim=2), y_TGS.amin(dim=2)
-    if layout.values == "lm":
+    if layout.values in ("lm", "tc"):
         return -torch.where(highest_TG >= -lowest_TG, highest_TG, lowest_TG)
     if layout.values == "nf4":
         return torch.maximum(highest_TG, -lowest_TG)

@@ -31,6 +31,7 @@ _BASES: dict[str, dict[str, Any]] = {
     "fp4": {"bits": 4, "values": "e2m1"},
     **{f"lm{bits}": {"bits": bits, "values": "lm"} for bits in CODE_BITS["lm"]},
     "nf4": {"bits": 4, "values": "nf4"},
+    **{f"tc{bits}": {"bits": bits, "values": "tc"} for bits in CODE_BITS["tc"]},
     # OCP Microscaling Formats 1.0, and NVIDIA's (its scale of a tensor is one of a row here)
     "mxfp4": {"bits": 4, "group_size": 32, "values": "e2m1", "scale_format": "e8m0"},
     "mxfp8": {"bits": 8, "group_size": 32, "values": "e4m3", "scale_format": "e8m0"},

@@ -89,7 +89,7 @@ class WireFormat:
     def largest_code(self) -> float:
         """What the largest magnitude of a static range stands for; of asymmetric codes, its width, in steps."""
         if self.values != "int":
-            return {"e4m3": 448.0, "e2m1": 6.0, "lm": 1.0, "nf4": 1.0}[self.values]
+            return {"e4m3": 448.0, "e2m1": 6.0, "lm": 1.0, "nf4": 1.0, "tc": 1.0}[self.values]
         return 2.0**self.bits - 2 if self.asymmetric else 2.0 ** (self.bits - 1) - 1
 
     def outlier_count(self, hidden: int) -> int:
