@@ -13,14 +13,15 @@ from lowbit_kernels.codebooks import levels, thresholds
 from lowbit_kernels.layout import PacketLayout
 
 # Layout of csrc/rows.h, in its order; the enumerations there count as these do.
-_VALUES = ("int", "e4m3", "e2m1", "lm", "nf4")
+_VALUES = ("int", "e4m3", "e2m1", "lm", "nf4", "tc")
 _SCALE_FORMATS = ("bf16", "e4m3", "e8m0")
 _NUMBERS = (
     *("body", "groups", "codes_nbytes", "row_scale_offset", "scales_offset", "scales_end", "minimums_offset"),
     *("outliers_offset", "row_nbytes"),
 )
 _MOST_PLANES = 3
-_MOST_LEVELS = 16
+_MOST_LEVELS = 32
+_MOST_THRESHOLDS = 16
 
 
 class CLayout:
@@ -51,12 +52,15 @@ class CLayout:
 
 
 def _code_book(layout: PacketLayout) -> list[int]:
-    """Its levels, then its thresholds, as fp32 numbers in pairs, each filled up to 16: none exceeds infinity."""
-    book: list[float] = []
-    for numbers, rest in (levels, 0.0), (thresholds, math.inf):
-        some = numbers(layout.values, layout.bits)
-        book += [*some, *[rest] * (_MOST_LEVELS - len(some))]
-    return list(struct.unpack(f"={_MOST_LEVELS}q", struct.pack(f"={2 * _MOST_LEVELS}f", *book)))
+    """Its levels, then its thresholds, as fp32 numbers in pairs, filled up: none exceeds infinity.
+
+    Thresholds between a trellis's levels are of no use: a code does not choose among all of them.
+    """
+    book = list(levels(layout.values, layout.bits))
+    book += [0.0] * (_MOST_LEVELS - len(book))
+    between = () if layout.has_trellis else thresholds(layout.values, layout.bits)
+    book += [*between, *[math.inf] * (_MOST_THRESHOLDS - len(between))]
+    return list(struct.unpack(f"={len(book) // 2}q", struct.pack(f"={len(book)}f", *book)))
 
 
 c_layout = functools.lru_cache(maxsize=256)(CLayout)

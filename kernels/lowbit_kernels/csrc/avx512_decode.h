@@ -93,6 +93,7 @@ INLINE void fill_nibbles(float values[16], const Layout *at) {
 
 /* Returns 0 where this code cannot do it: static scales that bf16 does not hold. */
 AVX512 static int plan_decode512(Decode512 *plan, const Layout *at, Static with, int64_t R, Arena *from) {
+    if (has_trellis(at)) return 0;
     const int64_t H = at->features, G = at->groups, size = at->group_size, row = H + BLOCK;
     const int fits = size == 16 || size == 32 || size % BLOCK == 0, each = size && !fits && size < SMALLEST_PLACED;
     const int64_t numbers = (each ? H : G) + BLOCK;

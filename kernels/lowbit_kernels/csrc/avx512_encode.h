@@ -91,7 +91,7 @@ AVX512 static int plan_encode512(Encode512 *plan, const Layout *at, Static with,
     plan->row = take(from, at->outliers ? H : 0, 4), plan->prescaled = take(from, at->prescaled ? H : 0, 4);
     plan->scale = take(from, H, 4), plan->minimum = take(from, H, 4);
     plan->peak = take(from, G + 16, 4), plan->lowest = take(from, G + 16, 4), plan->inverse = take(from, G + 16, 4);
-    if (has_levels(at) && !fill_levels(&plan->levels, at)) return 0;
+    if (has_trellis(at) || (has_levels(at) && !fill_levels(&plan->levels, at))) return 0;
     if (!from->base || at->group_size) return 1;
     spread(plan->scale, with.scale, &plan->body, at->body, H, plan->kind == FP4 ? 4.0f : 1.0f);
     if (with.minimum) spread(plan->minimum, with.minimum, &plan->body, at->body, H, 1.0f);

@@ -4,6 +4,7 @@
 
 #include "formats.h"
 #include "moves.h"
+#include "trellis.h"
 
 enum { TILE = 256 }; /* values of a tile, which stay in the first-level cache while all ranks add to it */
 
@@ -14,7 +15,7 @@ typedef struct {
     int64_t R;
     int tame; /* static numbers are so small that no sum overflows: all NaN come from codes */
     Pieces pieces;
-    uint8_t *codes;
+    uint8_t *codes, *bits;
     float *values, *sum, *full, *scale, *minimum, e4m3[256];
 } DecodePlan;
 
@@ -24,6 +25,7 @@ INLINE void plan_decode(DecodePlan *plan, const Layout *at, Static with, int64_t
     plan->pieces.of = 0;
     plan->pieces.piece = take(from, most_pieces(at), sizeof(Piece));
     plan->codes = take(from, H, 1), plan->values = take(from, H, 4);
+    plan->bits = take(from, least(at->group_size, H), 1);
     plan->sum = take(from, H, 4), plan->full = take(from, H, 4);
     plan->scale = take(from, G, 4), plan->minimum = take(from, G, 4);
 }
@@ -94,6 +96,7 @@ INLINE int add_body(DecodePlan *plan, float *sum, const uint8_t *row, int64_t r,
     const float *minimum = plan->with.minimum ? plan->with.minimum + r * plan->with.minimum_row : 0;
     const Meaning means = {asymmetric ? 0 : 1 << (at->bits - 1), coding_of(at).lost, at->levels};
     unpack_planes(at, plan->codes, row);
+    if (has_trellis(at)) trellis_places(plan->codes, plan->bits, size, n);
     if (!size) {
         add_values_of(sum, plan->codes, scale, minimum, n, means, kind, 0, start);
         return 1;

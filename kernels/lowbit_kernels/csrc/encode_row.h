@@ -9,6 +9,7 @@
 
 #include "formats.h"
 #include "moves.h"
+#include "trellis.h"
 
 #define ROUND_TO_INTEGER 12582912.0f /* 1.5 * 2^23 */
 #define ROUNDED_ZERO 0x4B400000      /* its bits */
@@ -22,6 +23,9 @@ typedef struct {
     Pieces pieces;
     uint8_t *compacted, *codes;
     float *body, *peak, *lowest, *inverse;
+    Subsets subsets; /* of a trellis, with room for a group's products and decisions */
+    float *products;
+    uint8_t *from_high;
 } EncodePlan;
 
 INLINE void plan_encode(EncodePlan *plan, const Layout *at, Static with, int is_bf16, Arena *from) {
@@ -30,6 +34,8 @@ INLINE void plan_encode(EncodePlan *plan, const Layout *at, Static with, int is_
     plan->pieces.of = 0;
     plan->pieces.piece = take(from, most_pieces(at), sizeof(Piece));
     plan->compacted = take(from, H, 4), plan->codes = take(from, H, 1), plan->body = take(from, H, 4);
+    plan->products = take(from, least(at->group_size, H), 4), plan->from_high = take(from, least(at->group_size, H), 1);
+    if (has_trellis(at)) fill_subsets(&plan->subsets, at);
     plan->peak = take(from, G, 4), plan->lowest = take(from, G, 4), plan->inverse = take(from, G, 4);
 }
 
@@ -151,7 +157,10 @@ INLINE void encode_groups(EncodePlan *plan, const uint8_t *body, const int is_bf
         if (plan->peak[g] != plan->peak[g] || minimum != minimum) memset(codes, 0, (size_t)n);
         else if (as->kind == E4M3) codes_group(codes, body, is_bf16, n, inverse, 0.0f, E4M3, 0, 0);
         else if (as->kind == E2M1) codes_group(codes, body, is_bf16, n, inverse, 0.0f, E2M1, 0, 0);
-        else if (has_levels(at)) codes_levels_of(at, codes, body, is_bf16, n, inverse);
+        else if (has_trellis(at)) {
+            for (int64_t i = 0; i < n; i++) plan->products[i] = as_float(element_bits(body, i, is_bf16)) * inverse;
+            codes_trellis(&plan->subsets, codes, plan->products, plan->from_high, n);
+        } else if (has_levels(at)) codes_levels_of(at, codes, body, is_bf16, n, inverse);
         else codes_group(codes, body, is_bf16, n, inverse, minimum, INTEGER, as->lowest, as->highest);
     }
 }

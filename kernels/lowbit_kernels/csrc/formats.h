@@ -69,7 +69,7 @@ INLINE float e8m0_value(uint32_t byte) {
  * range for asymmetric layouts. Rounded once, from double. */
 INLINE float step_of_peak(const Layout *at) {
     const int top = 1 << (at->bits - 1);
-    if (has_levels(at)) return at->values == LM ? -1.0f : 1.0f;
+    if (has_levels(at)) return at->values == NF4 ? 1.0f : -1.0f;
     if (at->asymmetric) return (float)(1.0 / (2 * top - 1));
     if (at->scale_format == SCALE_E8M0) return at->values == INTEGER ? (float)(1.0 / (top - 1)) : 1.0f;
     if (at->values == INTEGER) return at->bits == 8 ? (float)(1.0 / 127) : -1.0f / (float)top;
@@ -77,7 +77,7 @@ INLINE float step_of_peak(const Layout *at) {
 }
 
 INLINE int peak_is_signed(const Layout *at) {
-    if (at->values == LM) return 1;
+    if (at->values == LM || has_trellis(at)) return 1;
     return at->values == INTEGER && at->bits < 8 && !at->asymmetric && at->scale_format != SCALE_E8M0;
 }
 

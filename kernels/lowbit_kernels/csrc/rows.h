@@ -32,7 +32,7 @@
 #define NAN_BF16 0x7FC0
 #define SCALE_FLOOR 0x1p-100f /* smaller scales are raised to it, so that 1 / scale is finite */
 
-enum { INTEGER, E4M3, E2M1, LM, NF4 };       /* Layout.values; from LM on those with a code book */
+enum { INTEGER, E4M3, E2M1, LM, NF4, TC };   /* Layout.values; from LM on those with a code book */
 enum { SCALE_BF16, SCALE_E4M3, SCALE_E8M0 }; /* Layout.scale_format */
 enum { BLOCK = 64 };   /* values; scratch rows have this many to spare behind their end */
 enum { TOGETHER = 4 }; /* rows that are worked on together, so that static numbers are read once for all of them */
@@ -42,7 +42,7 @@ typedef struct {
     int64_t features, bits, group_size, outliers, values, scale_format, asymmetric, prescaled;
     int64_t body, groups, codes_nbytes, row_scale_offset, scales_offset, scales_end, minimums_offset, outliers_offset;
     int64_t row_nbytes, planes, plane_widths[3], plane_offsets[3];
-    float levels[16], thresholds[16]; /* of the code book, where there is one, then infinite thresholds */
+    float levels[32], thresholds[16]; /* of the code book, where there is one, then infinite thresholds (not of TC) */
 } Layout;
 
 /* The numbers known to both ends, in body order: [n] for encoding, [R, n] for decoding; null where of no use. `scale`
@@ -54,6 +54,7 @@ typedef struct {
 } Static;
 
 INLINE int has_levels(const Layout *at) { return at->values >= LM; }
+INLINE int has_trellis(const Layout *at) { return at->values == TC; }
 
 INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
