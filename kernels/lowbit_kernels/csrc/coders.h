@@ -48,6 +48,7 @@ typedef struct {
 
 static void plan_encoder(Encoder *encoder, const Layout *at, Static with, int is_bf16, Arena *from) {
     plan_encode(&encoder->plain, at, with, is_bf16, from);
+    encoder->plain.wide = takes_avx512();
     encoder->fast = at->bits <= 8 && takes_avx512();
 #ifdef HAS_AVX512
     if (encoder->fast) encoder->fast = plan_encode512(&encoder->wide, at, with, is_bf16, from);

@@ -9,7 +9,7 @@
 
 #include "formats.h"
 #include "moves.h"
-#include "trellis.h"
+#include "avx512_trellis.h"
 
 #define ROUND_TO_INTEGER 12582912.0f /* 1.5 * 2^23 */
 #define ROUNDED_ZERO 0x4B400000      /* its bits */
@@ -23,9 +23,10 @@ typedef struct {
     Pieces pieces;
     uint8_t *compacted, *codes;
     float *body, *peak, *lowest, *inverse;
-    Subsets subsets; /* of a trellis, with room for a group's products and decisions */
+    Subsets subsets; /* of a trellis, with room for a row's products and for 16 groups */
     float *products;
-    uint8_t *from_high;
+    uint8_t *scratch;
+    int wide;
 } EncodePlan;
 
 INLINE void plan_encode(EncodePlan *plan, const Layout *at, Static with, int is_bf16, Arena *from) {
@@ -34,8 +35,10 @@ INLINE void plan_encode(EncodePlan *plan, const Layout *at, Static with, int is_
     plan->pieces.of = 0;
     plan->pieces.piece = take(from, most_pieces(at), sizeof(Piece));
     plan->compacted = take(from, H, 4), plan->codes = take(from, H, 1), plan->body = take(from, H, 4);
-    plan->products = take(from, least(at->group_size, H), 4), plan->from_high = take(from, least(at->group_size, H), 1);
-    if (has_trellis(at)) fill_subsets(&plan->subsets, at);
+    if (has_trellis(at)) {
+        fill_subsets(&plan->subsets, at);
+        plan->products = take(from, H, 4), plan->scratch = take(from, least(at->group_size, H) + LANES, 5 * LANES);
+    }
     plan->peak = take(from, G, 4), plan->lowest = take(from, G, 4), plan->inverse = take(from, G, 4);
 }
 
@@ -138,6 +141,27 @@ INLINE float group_range(const uint8_t *restrict body, const int is_bf16, int64_
     return as_float((uint32_t)(high ^ ((high >> 31) & 0x7FFFFFFF)));
 }
 
+/* Codes of all groups of a row that are trellis-coded: those of a group that is not finite are 0. */
+INLINE void trellis_groups(EncodePlan *plan, const uint8_t *body, const int is_bf16, uint8_t *codes) {
+    const Layout *at = plan->at;
+    const int64_t size = at->group_size, G = at->groups, whole = at->body / size;
+    int64_t g = 0;
+    for (int64_t first = 0, i = 0; first < G; first++)
+        for (const int64_t end = least((first + 1) * size, at->body); i < end; i++)
+            plan->products[i] = as_float(element_bits(body, i, is_bf16)) * plan->inverse[first];
+#ifdef HAS_AVX512
+    for (int64_t count; plan->wide && g < whole; g += count) {
+        count = least(LANES, whole - g);
+        codes_trellis512(&plan->subsets, codes + g * size, plan->products + g * size, plan->scratch, size, count);
+    }
+#endif
+    for (; g < G; g++)
+        codes_trellis(&plan->subsets, codes + g * size, plan->products + g * size, plan->scratch,
+                      least(size, at->body - g * size));
+    for (g = 0; g < G; g++)
+        if (plan->peak[g] != plan->peak[g]) memset(codes + g * size, 0, (size_t)least(size, at->body - g * size));
+}
+
 INLINE void encode_groups(EncodePlan *plan, const uint8_t *body, const int is_bf16, uint8_t *codes, uint8_t *packet) {
     const Layout *at = plan->at;
     const Coding *as = &plan->coding;
@@ -151,16 +175,17 @@ INLINE void encode_groups(EncodePlan *plan, const uint8_t *body, const int is_bf
     }
     if (at->asymmetric) group_minimums(at, plan->peak, plan->lowest, packet);
     group_scales(at, plan->peak, plan->inverse, packet);
+    if (has_trellis(at)) {
+        trellis_groups(plan, body, is_bf16, codes);
+        return;
+    }
     for (int64_t g = 0; g < at->groups; g++, codes += size, body += nbytes * size) {
         const int64_t n = least(size, at->body - g * size);
         const float inverse = plan->inverse[g], minimum = at->asymmetric ? plan->lowest[g] : 0.0f;
         if (plan->peak[g] != plan->peak[g] || minimum != minimum) memset(codes, 0, (size_t)n);
         else if (as->kind == E4M3) codes_group(codes, body, is_bf16, n, inverse, 0.0f, E4M3, 0, 0);
         else if (as->kind == E2M1) codes_group(codes, body, is_bf16, n, inverse, 0.0f, E2M1, 0, 0);
-        else if (has_trellis(at)) {
-            for (int64_t i = 0; i < n; i++) plan->products[i] = as_float(element_bits(body, i, is_bf16)) * inverse;
-            codes_trellis(&plan->subsets, codes, plan->products, plan->from_high, n);
-        } else if (has_levels(at)) codes_levels_of(at, codes, body, is_bf16, n, inverse);
+        else if (has_levels(at)) codes_levels_of(at, codes, body, is_bf16, n, inverse);
         else codes_group(codes, body, is_bf16, n, inverse, minimum, INTEGER, as->lowest, as->highest);
     }
 }

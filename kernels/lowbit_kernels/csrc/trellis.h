@@ -9,9 +9,10 @@
 enum { STATES = 8, LANES = 16 };
 
 /* Of every fourth level, from k on: how many there are, and the thresholds between them. */
-typedef struct { int count; float level[4][8], threshold[4][8]; } Subsets;
+typedef struct { int count; float level[4][8], threshold[4][8], spare[1]; } Subsets;
 
 INLINE void fill_subsets(Subsets *of, const Layout *at) {
+    memset(of, 0, sizeof *of);
     of->count = 1 << (at->bits - 1);
     for (int k = 0; k < 4; k++)
         for (int j = 0; j < of->count; j++) {
