@@ -82,6 +82,7 @@ def tune_scheme(
     goal: Goal,
     steps: Steps,
     portable: bool = False,
+    fast: bool = False,
     backend: str = "auto",
     name: str = "tuned",
     model: str = "",
@@ -93,6 +94,7 @@ def tune_scheme(
     KL grows about with the squared error. So each format's error is measured at each sync point (`format_errors`), and
     what an error costs there by sending few points coarsely at a time (`sensitivities`); their product is what a format
     adds. The sum is least where every bit buys the same. portable: a scheme that needs partial sums alone.
+    fast: without trellis-coded values, which take an encoder several times as long as code books.
     search, unseen: token sequences, the latter for the proof alone, beside the best scheme with one format everywhere.
     name, model, text, text_sha256: recorded in the scheme.
     Raises ValueError for one rank, and for a goal that no format reaches.
@@ -102,7 +104,7 @@ def tune_scheme(
         raise ValueError("tuning a scheme needs at least 2 tensor-parallel ranks; pass --tp N or --virtual-tp N")
     context.together(lambda: calibration.check_fits(weights.fingerprint, context.size, "file"))
     options = "" if portable else COMPENSATED
-    formats = candidates(hidden)
+    formats = candidates(hidden, fast)
     search = [sequence[:SEARCH_TOKENS] for sequence in search]
     # what compensates sends a row's root mean square along with the sum, where a norm follows
     extra = 8 / hidden if weights.config.post_norms and not portable else 0.0

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from megatron_lowbit.comm.format_names import parse_format
 from megatron_lowbit.comm.wire_format import WireFormat
 
-VALUES = ("lm2", "lm3", "lm4", "int5", "int6", "int7", "int8")
+VALUES = ("tc2", "tc3", "tc4", "int5", "int6", "int7", "int8")
+#: The same, but for those that take an encoder long.
+FAST_VALUES = ("lm2", "lm3", "lm4", *VALUES[3:])
 GROUPS = (32, 40, 64, 128)
 #: Of how many features one may travel as BF16: the budget of outliers is spent where it helps.
 OUTLIER_DIVISORS = (32, 64, 128)
@@ -28,11 +30,14 @@ class Candidate:
     bits: float
 
 
-def candidates(hidden: int) -> list[Candidate]:
-    """2 to 8 bits, groups of 32 to 128 with one-byte scales, with BF16 features or without, rotated or not."""
+def candidates(hidden: int, fast: bool = False) -> list[Candidate]:
+    """2 to 8 bits, groups of 32 to 128 with one-byte scales, with BF16 features or without, rotated or not.
+
+    fast: code books in place of trellis-coded values.
+    """
     shares = ["", *(f"-outlier{divisor}" for divisor in OUTLIER_DIVISORS if hidden >= divisor)]
     found = []
-    for values in VALUES:
+    for values in FAST_VALUES if fast else VALUES:
         plain = [f"{values}-g{group}-e4m3-prescaled0.6{share}" for group in GROUPS for share in shares]
         rotated = [
             f"{values}-g{group}-e4m3-prescaled0.6-rotated{share}" for group in ROTATED_GROUPS for share in shares

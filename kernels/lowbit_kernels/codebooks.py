@@ -1,7 +1,7 @@
 """Code books: the numbers that codes of "lm", "tc" and "nf4" stand for, before any scale. The only table of them.
 
-A code is the index of a level, in ascending order (but of "tc"). Levels lie from -1 to 1 and are held in bf16, so that level times
-scale is exact in fp32; so are the thresholds half way between them.
+A code is the index of a level, in ascending order (not of "tc"). Levels lie from -1 to 1 and are held in bf16, so that
+level times scale is exact in fp32; so are the thresholds half way between them.
 
 "lm" (Lloyd-Max: levels near the means of the values they stand for): a group is scaled so that its value of largest
 magnitude, of either sign, is -1. That one is sent exactly but for the scale's rounding, and the other levels serve what
@@ -54,7 +54,7 @@ _LEVELS: dict[tuple[str, int], tuple[float, ...]] = {
 
 @functools.cache
 def levels(values: str, bits: int) -> tuple[float, ...]:
-    """The 2^bits numbers ("tc": 2^(bits + 1)), ascending, that codes stand for; empty for values without a code book."""
+    """The 2^bits numbers ("tc": twice as many), ascending, that codes stand for; empty for values without any."""
     return tuple(_bf16(level) for level in _LEVELS.get((values, bits), ()))
 
 

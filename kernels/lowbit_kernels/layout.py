@@ -47,7 +47,8 @@ class PacketLayout:
     values: what a code is. "int": an integer of 2 to 8 bits; "e4m3": FP8 e4m3fn, 8 bits (largest 448, NaN 0x7F and
         0xFF); "e2m1": FP4, 4 bits (0, 0.5, 1, 1.5, 2, 3, 4, 6, bit 3 the sign); "lm" (2, 3 or 4 bits) and "nf4" (4):
         the index of a level of `codebooks.py`, which go with groups only (no code is left for "not finite") and with
-        scale_format "bf16" or "e4m3" (a power of two would waste the levels at the ends).
+        scale_format "bf16" or "e4m3" (a power of two would waste the levels at the ends). "tc" (2, 3 or 4 bits): the
+        same, but which levels there are depends on the codes before, see `reference_trellis.py`.
     scale_format: how a group scale travels. "bf16", 2 bytes; "e8m0", 1 byte, a power of two; "e4m3", 1 byte, times one
         bf16 scale of the row.
     asymmetric: integers count up from a minimum instead of around 0. With group_size 0 the minimum is static, else a
@@ -83,7 +84,7 @@ class PacketLayout:
         if self.bits not in CODE_BITS[self.values] + (VALUE_BITS if self.values == "int" else ()):
             raise ValueError(
                 f"bits is {self.bits} with values {self.values!r}; allowed: 2 to 8 (int), 8 (e4m3), 4 (e2m1, nf4), "
-                "2 to 4 (lm), and without other options 16 (bf16) or 32 (fp32)"
+                "2 to 4 (lm, tc), and without other options 16 (bf16) or 32 (fp32)"
             )
         if self.group_size < 0:
             raise ValueError(f"group_size is {self.group_size}; allowed: 0 (static scales) or a positive group size")

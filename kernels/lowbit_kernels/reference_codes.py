@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lowbit_kernels.codebooks import levels, thresholds
 from lowbit_kernels.layout import PacketLayout
-from lowbit_kernels.reference_trellis import trellis_codes, trellis_places
 from lowbit_kernels.reference_floats import (
     E2M1,
     E4M3,
@@ -29,6 +28,7 @@ from lowbit_kernels.reference_floats import (
     exponent_field,
     round_bf16,
 )
+from lowbit_kernels.reference_trellis import trellis_codes, trellis_places
 
 MINUS_ZERO_E2M1 = 8
 

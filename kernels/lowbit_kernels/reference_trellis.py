@@ -1,14 +1,14 @@
 """Trellis-coded values ("tc"): which level a code stands for depends on the codes before it, in eager torch.
 
-A code c of B bits picks one of 2^B of a book's 2^(B+1) levels; the lowest bits of the three codes before it in the group
-(0 where there are none) say which of them are there to pick from:
+A code c of B bits picks one of 2^B of a book's 2^(B+1) levels; the lowest bits of the three codes before it in the
+group (0 where there are none) say which of them are there to pick from:
 
     level(c_t) = levels[4 (c_t >> 1) + 2 ((c_t ^ c_(t-2) ^ c_(t-3)) & 1) + (c_(t-1) & 1)]
 
-The encoder finds the codes of least squared error of a whole group by the Viterbi algorithm over the 8 states that three
-bits make: as good as a vector quantiser of a group's length. Source: Marcellin and Fischer, Trellis Coded Quantization
-of Memoryless and Gauss-Markov Sources, IEEE Transactions on Communications 38 (1990); the trellis is Ungerboeck's of 8
-states, with feedback taken out, so that decoding needs four codes and no state.
+The encoder finds the codes of least squared error of a whole group by the Viterbi algorithm over the 8 states that
+three bits make: a vector quantiser of a group's length, at the price of 16 additions a value. Source: Marcellin and
+Fischer, Trellis Coded Quantization of Memoryless and Gauss-Markov Sources, IEEE Transactions on Communications 38
+(1990); the trellis is Ungerboeck's of 8 states, its bits named so that decoding needs four codes and no state.
 
 Costs are fp32 sums in the order of the values. Of equal ones the state, or the one before it, of lower number is taken,
 and of two equally near levels the lower. Levels that a state leads to: of each four in a row, one is in each subset.
@@ -27,7 +27,7 @@ MEMORY = 3
 
 
 def subset(state: int, bit: int) -> int:
-    """Which of the four subsets (every fourth level, from 0 to 3 on) a code with this lowest bit takes its level from."""
+    """Which subset (0 to 3: every fourth level, from that one on) a code with this lowest bit takes its level from."""
     return 2 * ((bit ^ state >> 1 ^ state >> 2) & 1) + (state & 1)
 
 

@@ -13,14 +13,15 @@ OutlierChoice = Literal["none", "calibrated", "random"]
 OUTLIER_DIVISOR = 64
 
 GRAMMAR = (
-    "exact, bf16, int2 to int8, fp8 (e4m3), fp4 (e2m1), lm2 to lm4 and nf4 (code books), mxfp4, mxfp8, nvfp4; behind "
-    "codes -group, -gN (a scale for every N values) or -token (one for every row), else calibrated static scales (not "
-    "of code books), -e8m0 (not of code books) or -e4m3 (one-byte group scales), -asym (integers from a minimum on), "
-    "-fitted (static scales of least squared error), -prescaled or -prescaledA (groups; by the rms to the power A, "
-    "0.5), -hadamardN or -rotated (groups; every N features mixed, or all), and -outlier, -outlierN or -random, "
-    "-randomN (1/64 or 1/N of the features as BF16), as in int4-g32-asym; REDUCE+GATHER for two different stages; then "
-    "':one-stage' and, with -random, ':seed=N'; ':loop' and ':predict', ':predict=RANK' or ':centred' for what goes "
-    "beyond partial sums; ':first=FORMAT' and ':last=FORMAT' for the first and the last sync point of the model"
+    "exact, bf16, int2 to int8, fp8 (e4m3), fp4 (e2m1), lm2 to lm4 and nf4 (code books), tc2 to tc4 (trellis-coded), "
+    "mxfp4, mxfp8, nvfp4; behind codes -group, -gN (a scale for every N values) or -token (one for every row), else "
+    "calibrated static scales (not of code books), -e8m0 (not of code books) or -e4m3 (one-byte group scales), -asym "
+    "(integers from a minimum on), -fitted (static scales of least squared error), -prescaled or -prescaledA "
+    "(groups; by the rms to the power A, 0.5), -hadamardN or -rotated (groups; every N features mixed, or all), and "
+    "-outlier, -outlierN or -random, -randomN (1/64 or 1/N of the features as BF16), as in int4-g32-asym; "
+    "REDUCE+GATHER for two different stages; then ':one-stage' and, with -random, ':seed=N'; ':loop' and ':predict', "
+    "':predict=RANK' or ':centred' for what goes beyond partial sums; ':first=FORMAT' and ':last=FORMAT' for the "
+    "first and the last sync point of the model"
 )
 #: Fields of a WireFormat. A base alone need not make one: levels of a code book want groups.
 _BASES: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ class WireFormat:
     group_size: 0 for calibrated static scales (nothing on the wire), else a scale travels for every `group_size`
         values; WHOLE_ROW for one scale a row, whatever its width.
     outlier_divisor: 0 for none, else `floor(hidden / outlier_divisor)` features travel as BF16 (the paper: 64).
-    values: what codes are: "int", "e4m3" (FP8), "e2m1" (FP4), or levels of a code book, "lm" or "nf4", which need
+    values: what codes are: "int", "e4m3" (FP8), "e2m1" (FP4), or levels of a code book, "lm", "nf4" or "tc", which need
         scales that travel, in "bf16" or "e4m3".
     scale_format: how the scales of groups travel: "bf16", "e4m3" (with one BF16 scale a row) or "e8m0".
     asymmetric: integers between a minimum and a maximum instead of around 0; of each group, or calibrated.

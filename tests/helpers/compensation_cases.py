@@ -26,6 +26,7 @@ SCHEMES = (
     "int4-g40-e4m3-prescaled-rotated:predict=6:loop", "int4-g32-hadamard16-outlier+int5-g32-outlier:loop",
     "int3-g32+int4-g16-prescaled-outlier-rotated:loop:predict=5", "lm4-g40-e4m3-prescaled:predict=8:loop",
     "lm3-g40-e4m3-prescaled0.7:centred:loop", "int4-fitted-outlier32:centred", "int5-fitted:predict=4:loop",
+    "tc3-g40-e4m3-prescaled:predict=6:loop:last=tc4-g32-prescaled-rotated",
     "lm3-g32-prescaled:predict=4:loop:first=lm4-g40-e4m3-prescaled0.6:last=int7-g32-prescaled+int6-g64-rotated",
 )  # fmt: skip
 

@@ -43,7 +43,7 @@ SMALLEST_SCALE = F32(2.0**-100)
 class Format:
     """bits: 2 to 8 (codes), 16 (bf16), 32 (fp32). group: values that share a scale on the wire, 0 for static scales.
 
-    values: "int", "e4m3", "e2m1", "lm" or "nf4". scales: "bf16", "e4m3" or "e8m0".
+    values: "int", "e4m3", "e2m1", "lm", "nf4" or "tc". scales: "bf16", "e4m3" or "e8m0".
     """
 
     bits: int
@@ -197,7 +197,7 @@ def _float_codes(values: np.ndarray, wire: Format) -> np.ndarray:
 def _meaning(codes: np.ndarray, wire: Format) -> np.ndarray:
     """Codes from 0 up to the numbers they stand for before any scale."""
     if wire.values in CODE_BOOKS:
-        return level_values(codes, wire.values, wire.bits)
+        return level_values(codes, wire.values, wire.bits, wire.group)
     if wire.values != "int":
         return small_float_values(codes, E4M3 if wire.values == "e4m3" else E2M1)
     if wire.asymmetric:

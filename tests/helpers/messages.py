@@ -23,6 +23,7 @@ MORE_SCHEMES = [
     *("int5", "int5-asym", "fp8", "fp4", "fp8-g128", "fp4-g32", "mxfp4", "mxfp8", "nvfp4"),
     *("int4-g64-prescaled", "int4-g64-outlier", "int3-g32-random", "nvfp4-outlier", "int6-asym-outlier"),
     *("lm2-g16", "lm3-g40-e4m3-prescaled", "lm4-group", "lm4-g100-random", "nf4-g64-e4m3-outlier", "nf4-token"),
+    *("tc2-g16", "tc3-g40-e4m3-prescaled", "tc4-group+lm3-g32", "tc4-g100-random", "tc3-g64-e4m3-outlier"),
     *("int4-token", "int6-token-asym", "fp8-token-e8m0", "lm3-token-outlier", "lm4-g40+int8-token"),
     *("int5:one-stage", "int5-asym:one-stage", "mxfp4:one-stage", "int4-g64-prescaled:one-stage"),
     *("int4-g64+int8-g128", "bf16+int4-asym", "int4-outlier+int8-g128", "nvfp4+int6-random"),
@@ -33,6 +34,7 @@ ROTATED_SCHEMES = [
     *("int4-g64-rotated-outlier", "int5-g32-asym-hadamard2-random", "nvfp4-prescaled-outlier-rotated"),
     *("int2-g16-hadamard1024-prescaled-outlier", "int4-g64-prescaled-rotated-random+int8-g128"),
     *("int6-asym-outlier+int4-g32-prescaled-hadamard16-outlier", "exact+int8-group-rotated", "bf16+fp8-g32-rotated"),
+    *("tc3-g64-e4m3-prescaled-rotated", "tc4-g40-hadamard8-outlier+int6-g64-outlier"),
     *("int4-g64-rotated:one-stage", "int4-g64-prescaled-rotated-outlier:one-stage"),
 ]
 #: Values at which formats and sums do something particular: not finite, beyond bf16, denormal, ties of rounding.

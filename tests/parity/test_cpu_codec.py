@@ -76,7 +76,7 @@ def test_every_small_float_and_group(way, scale_format, prescaled):
                 check_layout(way, seed, "int4", features=463, outliers=outliers, scale_format=scale_format, **options)
 
 
-LEVELS = [("lm", 2), ("lm", 3), ("lm", 4), ("nf4", 4)]
+LEVELS = [("lm", 2), ("lm", 3), ("lm", 4), ("nf4", 4), ("tc", 2), ("tc", 3), ("tc", 4)]
 
 
 @pytest.mark.parametrize(("values", "bits"), LEVELS)
@@ -129,7 +129,7 @@ def test_code_books_of_other_numbers(way, monkeypatch, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("values", ["lm", "nf4"])
+@pytest.mark.parametrize("values", ["lm", "nf4", "tc"])
 @pytest.mark.parametrize("group_size", [16, 32, 64, 100])
 def test_one_value_of_a_code_book_that_is_not_finite(way, dtype, values, group_size):
     layout = PacketLayout(200, 4, group_size, values=values)

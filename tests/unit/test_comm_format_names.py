@@ -165,7 +165,7 @@ def test_the_grammar_names_everything():
     """Every word that the parser takes is in the text that a user sees."""
     for name in ("exact", "bf16", "int2", "int8", "fp8", "fp4", "mxfp4", "mxfp8", "nvfp4"):
         assert name in GRAMMAR and parse_format(name)
-    for name in ("lm2", "lm4", "nf4"):
+    for name in ("lm2", "lm4", "nf4", "tc2", "tc4"):
         assert name in GRAMMAR and parse_format(f"{name}-group")
     for option in ("-group", "-gN", "-token", "-e8m0", "-e4m3", "-asym", "-prescaled", "-outlier", "-random"):
         assert option in GRAMMAR

@@ -106,21 +106,24 @@ def test_goals_out_of_reach():
 
 
 def test_candidates_cost_what_they_say():
-    for hidden in (64, 576, 4096):
-        for each in candidates(hidden):
+    for hidden, fast in ((64, False), (576, True), (4096, False)):
+        for each in candidates(hidden, fast):
             assert each.bits == parse_scheme(each.name).reduce_stage.wire_bits_per_value(hidden)
     # presets are among what a search may choose, so that it can do no worse
-    for text in PRESETS.values():
-        assert parse_scheme(text).reduce_stage in {each.wire for each in candidates(576)}
-    assert len(candidates(576)) == 168 and not any("outlier" in each.name for each in candidates(31))
+    for name, text in PRESETS.items():
+        fast = name.startswith("balanced")
+        assert parse_scheme(text).reduce_stage in {each.wire for each in candidates(576, fast)}
+    assert len(candidates(576)) == len(candidates(576, True)) == 168
+    assert not any(each.wire.values == "tc" for each in candidates(576, True))
+    assert candidates(31) and not any("outlier" in each.name for each in candidates(31))
 
 
 def test_errors_are_those_of_the_wire(weights, calibration):
     """One sync point sent in a format, the others exactly: the residual moves by as much as was measured there."""
     names = (
-        "lm4-g32-e4m3-prescaled0.6",
+        "tc4-g32-e4m3-prescaled0.6",
         "int8-g128-e4m3-prescaled0.6-outlier32",
-        "lm3-g64-e4m3-prescaled0.6-rotated-outlier64",
+        "tc3-g64-e4m3-prescaled0.6-rotated-outlier64",
     )
     formats = [each for each in candidates(81) if each.name in names]
     assert len(formats) == 3
@@ -166,7 +169,7 @@ def residual_error(weights, calibration, scheme, name, sequence) -> float:
 def test_predicted_parts_do_not_count(weights):
     """What is foretold need not travel: errors are smaller wherever the calibration has kept a predictor."""
     calibration = calibrate(weights, [prompt_of(131, 90, start) for start in range(0, 64, 2)], "0" * 64)
-    formats = [each for each in candidates(81) if each.name == "lm4-g32-e4m3-prescaled0.6"]
+    formats = [each for each in candidates(81) if each.name == "tc4-g32-e4m3-prescaled0.6"]
     alone = format_errors(weights, calibration, formats, True, WINDOWS[:2])
     foretold = format_errors(weights, calibration, formats, False, WINDOWS[:2])
     helped = [site for site in alone if calibration.sync_points[site[0]].moments.predictor is not None]

@@ -44,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--length", type=int, default=512, metavar="T", help="tokens a sequence (default: 512)")
     parser.add_argument(
+        "--fast", action="store_true",
+        help="for busy processors: no trellis-coded values, which take encoders several times as long as code books",
+    )  # fmt: skip
+    parser.add_argument(
         "--portable", action="store_true", help="a scheme of partial sums alone: no predictor, no loop over depth"
     )
 
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
             calibration = calibrate(weights, sequences, digest, progress)
     tuned = tune_scheme(
         weights, calibration, search, unseen, _goal(args), functools.partial(output.progress_bar, context=context),
-        args.portable, args.backend, args.out.name, args.model.name, Path(what).name, digest,
+        args.portable, args.fast, args.backend, args.out.name, args.model.name, Path(what).name, digest,
     )  # fmt: skip
     context.together(lambda: tuned.scheme.save(args.out) if context.is_first else None)
     facts = output.conditions(
