@@ -13,8 +13,8 @@ from megatron_lowbit.scheme_tuning_search import Candidate, Site
 from megatron_lowbit.scoring import Reference, score
 from megatron_lowbit.weights import ModelWeights
 
-#: Formats of the sync points in question, and of all others meanwhile.
-COARSE, FINE = "lm3-g64-e4m3-prescaled0.6", "int8-g64-e4m3-prescaled0.6"
+#: Formats of the sync points in question (the first of these that is a candidate), and of all others meanwhile.
+COARSE, FINE = ("tc3-g64-e4m3-prescaled0.6", "lm3-g64-e4m3-prescaled0.6"), "int8-g64-e4m3-prescaled0.6"
 #: Sync points are taken together, neighbours first, where there are more than so many.
 MAX_GROUPS = 64
 #: What the exact predictions of all sequences may occupy, a process; fewer positions are scored where they need more.
@@ -56,8 +56,8 @@ def sensitivities(
     judge = _Judge(weights, calibration, sequences, backend, (len(groups) + 2) * len(sequences), progress)
     base = replace(parse_scheme(FINE + options), name="fine")
     floor = judge.kl(base)
-    coarse = parse_scheme(COARSE).reduce_stage
-    index = next(index for index, format_ in enumerate(formats) if format_.name == COARSE)
+    index = next(index for index, format_ in enumerate(formats) if format_.name in COARSE)
+    coarse = formats[index].wire
     fine_index = next(index for index, format_ in enumerate(formats) if format_.name == FINE)
     per_group = []
     for group in groups:

@@ -188,7 +188,7 @@ def test_sensitivities_say_what_coarse_points_cost(weights, calibration):
     assert seen[-1] == (24, 24)
     # by hand for one point, through `evaluate`
     name = next(iter(calibration.sync_points))
-    fine, coarse = parse_scheme(FINE), parse_scheme(COARSE)
+    fine, coarse = parse_scheme(FINE), parse_scheme(COARSE[0])
     from megatron_lowbit.comm.schemes import PointFormats
 
     one = replace(fine, name="one", points=(PointFormats(name, coarse.reduce_stage, coarse.reduce_stage),))
