@@ -8,7 +8,7 @@ from megatron_lowbit.comm.presets import PRESETS
 from megatron_lowbit.comm.schemes import parse_scheme
 
 LAYERS = 18
-LIMITS = {"balanced": 4.25, "balanced-portable": 4.25, "small": 3.25, "small-portable": 3.25}
+LIMITS = {"balanced": 4.25, "fine": 4.25, "balanced-portable": 4.25, "small": 3.25, "small-portable": 3.25}
 
 
 def test_every_preset_has_a_promise():
