@@ -105,8 +105,9 @@ def level_value(code: tl.tensor, F: tl.constexpr) -> tl.tensor:
 
     Of a trellis: of what `singles.trellis_place` makes of codes.
     """
+    PAIRS: tl.constexpr = F.pairs
     bits = tl.full(code.shape, F.level_pairs[0], tl.int32)
-    for pair in tl.static_range(1, F.pairs):
+    for pair in tl.static_range(1, PAIRS):
         bits = tl.where((code >> 1) == pair, F.level_pairs[pair], bits)
     return as_float(tl.where((code & 1) == 1, bits & -0x10000, bits << 16))
 

@@ -24,8 +24,8 @@ from lowbit_kernels.pack import as_float
 from lowbit_kernels.rows import Rows, Target, format_of, rows_as_bits, target_of, tiles_of
 from lowbit_kernels.sections import sections_of
 
-#: Groups of a program of `_search`, one for each thread of a warp.
-LANES = 32
+#: Groups of a program of `_search`, one for each thread.
+LANES = 128
 
 
 def put_trellis_codes(
@@ -35,37 +35,46 @@ def put_trellis_codes(
     tokens, groups = x_TH.shape[0], layout.groups
     if tokens * groups == 0:
         return
-    steps = min(layout.group_size, layout.body)
-    work_SN = torch.empty(steps, tokens * groups, dtype=torch.int32, device=x_TH.device)
+    whole, rest = divmod(layout.body, layout.group_size)
+    count = tokens * groups
+    work_SN = torch.empty(layout.group_size if whole else rest, count, dtype=torch.int32, device=x_TH.device)
     packet_format = format_of(layout, [packet_TB])
     target = target_of(packet_TB, layout, inverse_scale, None, rows=1)
     sizes = layout.body, layout.outliers, layout.group_size
-    _search[(triton.cdiv(tokens * groups, LANES),)](
-        rows_as_bits(x_TH, rows=1),
-        target,
-        body_index,
-        work_SN,
-        tokens * groups,
-        steps,
-        *sizes,
-        S=Fetched(0, None, x_TH.dtype == torch.bfloat16),
-        F=packet_format,
-        LANES=LANES,
-        num_warps=1,
-        enable_fp_fusion=False,  # costs are sums of rounded squares
-    )
+    for first, of_row, size in ((0, whole, layout.group_size), (whole, 1, rest)):
+        if of_row * size:
+            _search[(triton.cdiv(tokens * of_row, LANES),)](
+                rows_as_bits(x_TH, rows=1),
+                target,
+                body_index,
+                work_SN,
+                tokens * of_row,
+                first,
+                of_row,
+                size,
+                *sizes,
+                S=Fetched(0, None, x_TH.dtype == torch.bfloat16),
+                F=packet_format,
+                LANES=LANES,
+                num_warps=LANES // 32,
+                enable_fp_fusion=False,  # costs are sums of rounded squares
+            )
     tiles = tiles_of(layout.body, TILE)
-    _pack[(tokens * tiles,)](target, work_SN, tokens * groups, tiles, *sizes, F=packet_format, TILE=TILE, num_warps=4)
+    _pack[(tokens * tiles,)](
+        target, work_SN, count, tiles, *sizes, F=packet_format, TILE=TILE, num_warps=4, enable_fp_fusion=False
+    )
 
 
-@triton.jit(do_not_specialize=["count", "steps", "body", "outliers", "group_size"])
+@triton.jit(do_not_specialize=["count", "first", "of_row", "size", "body", "outliers", "group_size"])
 def _search(
     x: Rows,
     target: Target,
     body_index: tl.tensor,
     work: tl.tensor,
     count: tl.tensor,
-    steps: tl.tensor,
+    first: tl.tensor,
+    of_row: tl.tensor,
+    size: tl.tensor,
     body: tl.tensor,
     outliers: tl.tensor,
     group_size: tl.tensor,
@@ -73,17 +82,17 @@ def _search(
     F: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """The codes of `count` groups into `work`, int32 `[steps, count]`.
+    """The codes of `count` groups of `size` values, `of_row` of each row from `first` on, into `work` `[S, N]`, int32.
 
     On the way there it has for each value, in a word, what its code will be told from: bit s says that of the two
     states before state s the one of higher number is the better, and 3 bits from bit 8 + 3 k on say which level of
     subset k is the nearest.
     """
     at = sections_of(body, outliers, group_size, 0, F)
-    n = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    here = n < count
-    token = n // at.groups
-    group = (n % at.groups).to(tl.int32)
+    lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    here = lane < count
+    token = lane // of_row
+    group = first + (lane % of_row).to(tl.int32)
     row = target.packet + token * target.stride
     row_scale = 0.0
     if F.scales == "e4m3":
@@ -92,7 +101,8 @@ def _search(
     lost = scale != scale
     inverse = tl.div_rn(1.0, scale)
     fetch = Fetch(x, body_index, at, body_index, target.inverse_scale)
-    length = at.body - group * at.group_size  # of the last group; more in others
+    groups = count // of_row * at.groups  # N
+    word_ptr = work + token * at.groups + group
     c0 = tl.zeros((LANES,), tl.float32)
     c1 = c0 + float("inf")
     c2 = c1
@@ -101,11 +111,8 @@ def _search(
     c5 = c1
     c6 = c1
     c7 = c1
-    place = n
-    for t in range(0, steps):
-        inside = here & (t < length)
-        value = tl.where(inside, group * at.group_size + t, 0)
-        product = as_float(fetch_values(fetch, token, value, inside, S, F)) * inverse
+    for t in range(0, size):
+        product = as_float(fetch_values(fetch, token, group * at.group_size + t, here, S, F)) * inverse
         product = tl.where(lost, 0.0, product)
         d0, near0 = _nearest(product, 0, F)
         d1, near1 = _nearest(product, 1, F)
@@ -120,16 +127,9 @@ def _search(
         n5, word = _better(c2 + d0, c6 + d2, 5, word)
         n6, word = _better(c3 + d3, c7 + d1, 6, word)
         n7, word = _better(c3 + d1, c7 + d3, 7, word)
-        c0 = tl.where(inside, n0, c0)
-        c1 = tl.where(inside, n1, c1)
-        c2 = tl.where(inside, n2, c2)
-        c3 = tl.where(inside, n3, c3)
-        c4 = tl.where(inside, n4, c4)
-        c5 = tl.where(inside, n5, c5)
-        c6 = tl.where(inside, n6, c6)
-        c7 = tl.where(inside, n7, c7)
-        tl.store(work + place, word, mask=inside)
-        place += count
+        c0, c1, c2, c3, c4, c5, c6, c7 = n0, n1, n2, n3, n4, n5, n6, n7
+        tl.store(word_ptr, word, mask=here)
+        word_ptr += groups
     state = tl.zeros((LANES,), tl.int32)
     state, c0 = _lower(state, c0, 1, c1)
     state, c0 = _lower(state, c0, 2, c2)
@@ -139,16 +139,15 @@ def _search(
     state, c0 = _lower(state, c0, 6, c6)
     state, c0 = _lower(state, c0, 7, c7)
     tl.debug_barrier()  # words that threads wrote may be read by others
-    for back in range(1, steps + 1):
-        inside = here & (steps - back < length)
-        place -= count
-        word = tl.load(work + place, mask=inside, other=0)
+    for _ in range(0, size):
+        word_ptr -= groups
+        word = tl.load(word_ptr, mask=here, other=0)
         bit = state & 1
         before = state >> 1 | ((word >> state) & 1) << 2
         subset = 2 * ((bit ^ before >> 1 ^ before >> 2) & 1) + (before & 1)
         code = ((word >> (8 + 3 * subset)) & 7) << 1 | bit
-        tl.store(work + place, tl.where(lost, 0, code), mask=inside)
-        state = tl.where(inside, before, state)
+        tl.store(word_ptr, tl.where(lost, 0, code), mask=here)
+        state = before
 
 
 @triton.jit
