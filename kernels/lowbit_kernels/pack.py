@@ -105,7 +105,7 @@ def level_value(code: tl.tensor, F: tl.constexpr) -> tl.tensor:
 
     Of a trellis: of what `singles.trellis_place` makes of codes.
     """
-    PAIRS: tl.constexpr = F.pairs
+    PAIRS: tl.constexpr = 2**F.bits if F.has_trellis else 2 ** (F.bits - 1)
     bits = tl.full(code.shape, F.level_pairs[0], tl.int32)
     for pair in tl.static_range(1, PAIRS):
         bits = tl.where((code >> 1) == pair, F.level_pairs[pair], bits)

@@ -105,11 +105,6 @@ class Format:
         return struct.unpack(f"<{len(self.levels) // 2}i", in_bf16)
 
     @property
-    def pairs(self) -> int:
-        """How many they are."""
-        return len(self.level_pairs)
-
-    @property
     def half(self) -> int:
         """The sign bit of two's complement integer codes, 0 for others: codes are unsigned numbers xor this."""
         return 2 ** (self.bits - 1) if self.is_int and not self.asymmetric else 0

@@ -76,7 +76,7 @@ class Compiler:
         self.ptx, self.launches = "", 0
 
     def __call__(self, step, layout, tokens, dtype=torch.bfloat16):
-        """PTX of all kernels of a step on `tokens` rows. Nothing is computed: tensors are there for their types and addresses."""
+        """PTX of a step's kernels on `tokens` rows. Nothing is computed: tensors have but types and addresses."""
         order = torch.arange(layout.features).roll(7)
         outliers = layout.outliers
         index = [order[outliers:].contiguous(), order[:outliers].contiguous()] if outliers else [None, None]
@@ -121,8 +121,10 @@ def accesses(ptx):
 
 @pytest.mark.parametrize(
     "name",
-    ["int4-outlier", "int4-g64", "int6-prescaled", "fp8-g128", "nvfp4", "lm3-g64-e4m3", "lm4-g64", "nf4-token", "any"]
-    + ["tc4-g64", "tc3-g40-e4m3"],
+    [
+        *("int4-outlier", "int4-g64", "int6-prescaled", "fp8-g128", "nvfp4", "lm3-g64-e4m3", "lm4-g64", "nf4-token"),
+        *("tc4-g64", "tc3-g40-e4m3", "any"),
+    ],
 )
 @pytest.mark.parametrize("step", ["encode", "decode_sum", "requantize", "decode_add_norm"])
 def test_no_fusion_no_flushing_and_true_division(compiler, step, name):
