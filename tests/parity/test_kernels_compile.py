@@ -27,8 +27,7 @@ LAYOUTS = {
     "lm3-g64-e4m3": PacketLayout(HIDDEN, 3, 64, values="lm", scale_format="e4m3", prescaled=True),
     "lm4-g64": PacketLayout(HIDDEN, 4, 64, values="lm"),
     "nf4-token": PacketLayout(HIDDEN, 4, HIDDEN, values="nf4"),
-    "tc4-g64": PacketLayout(HIDDEN, 4, 64, values="tc"),
-    "tc3-g40-e4m3": PacketLayout(HIDDEN + 1, 3, 40, 3, values="tc", scale_format="e4m3", prescaled=True),
+    "tc4-g40-e4m3": PacketLayout(HIDDEN + 1, 4, 40, 3, values="tc", scale_format="e4m3", prescaled=True),
     "bf16": PacketLayout(HIDDEN, 16),
     "any": PacketLayout(HIDDEN + 1, 7, 100, 3, scale_format="e4m3", prescaled=True),
 }
@@ -123,7 +122,7 @@ def accesses(ptx):
     "name",
     [
         *("int4-outlier", "int4-g64", "int6-prescaled", "fp8-g128", "nvfp4", "lm3-g64-e4m3", "lm4-g64", "nf4-token"),
-        *("tc4-g64", "tc3-g40-e4m3", "any"),
+        *("tc4-g40-e4m3", "any"),
     ],
 )
 @pytest.mark.parametrize("step", ["encode", "decode_sum", "requantize", "decode_add_norm"])

@@ -26,10 +26,9 @@ TRELLIS = {
     "tc2-g16": PacketLayout(67, 2, 16, values="tc"),
     "tc3-g40-e4m3-prescaled": PacketLayout(130, 3, 40, values="tc", scale_format="e4m3", prescaled=True),
     "tc3-g24-e4m3-outlier": PacketLayout(97, 3, 24, 1, values="tc", scale_format="e4m3"),
-    "tc4-g64, a row shorter than a group": PacketLayout(33, 4, 64, values="tc"),
-    "tc4-g50-random-prescaled": PacketLayout(131, 4, 50, 7, values="tc", prescaled=True),
-    "tc4-g2, more groups than a program takes": PacketLayout(515, 4, 2, values="tc"),
-    "tc3-g2-outlier, more values than a tile": PacketLayout(1100, 3, 2, 17, values="tc"),
+    "tc4-g64, a row shorter than a group": PacketLayout(21, 4, 64, values="tc"),
+    "tc4-g20-random-prescaled": PacketLayout(131, 4, 20, 7, values="tc", prescaled=True),
+    "tc3-g2-outlier, more than a program takes": PacketLayout(1100, 3, 2, 17, values="tc"),
     "tc2-g1": PacketLayout(5, 2, 1, values="tc"),
     "tc2-g16, outliers alone": PacketLayout(9, 2, 16, 9, values="tc"),
 }
