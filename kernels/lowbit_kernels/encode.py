@@ -2,7 +2,8 @@
 
 With outliers a tile is one of body values, gathered from the features that `body_index` names; it also sends the
 outliers that lie between its features. Where group scales travel in e4m3 a program judges the whole row first, for its
-row scale. Rows that do not divide into whole units go through `encode_any.py`.
+row scale. Rows that do not divide into whole units go through `encode_any.py`. Codes of a trellis come from
+`trellis.py`, in two more launches.
 
 Legend: T tokens, H hidden features, K outliers, B bytes of a row.
 """
@@ -11,6 +12,8 @@ Legend: T tokens, H hidden features, K outliers, B bytes of a row.
 # mypy: allow-untyped-decorators, disable-error-code="assignment,var-annotated"
 # ruff: noqa: RUF005
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -37,6 +40,7 @@ from lowbit_kernels.rows import (
 )
 from lowbit_kernels.sections import Row, end_of_row, sections_of
 from lowbit_kernels.singles import first_outlier
+from lowbit_kernels.trellis import put_trellis_codes
 from lowbit_kernels.units import fill_gaps, largest_step, load_static, put_units, store_row_scale
 
 
@@ -51,6 +55,11 @@ def encode(
 ) -> None:
     """See `reference.encode`. Also ValueError for packet rows that are not aligned for their widest values."""
     check_encode(x_TH, layout, packet_TB, inverse_scale, body_index, outlier_index, minimum)
+    if layout.has_trellis:
+        levels = replace(layout, values="lm")  # all but the codes is the same
+        encode(x_TH, levels, packet_TB, inverse_scale, body_index, outlier_index)
+        put_trellis_codes(x_TH, layout, packet_TB, inverse_scale, body_index)
+        return
     tokens = x_TH.shape[0]
     is_bf16 = x_TH.dtype == torch.bfloat16
     in_units = encodes_in_units(layout)

@@ -245,7 +245,7 @@ def _put_tile(
                 y = y - tl.load(minimum + value, mask=mask, other=0.0)
             code = _code_of(y * tl.load(fetch.inverse_scale + value, mask=mask, other=1.0), F)
             code = tl.where(finite, code, F.lost)
-        _store_planes(row, start, tl.where(mask, code, 0), at, F)
+        store_planes(row, start, tl.where(mask, code, 0), at, F)
 
 
 @triton.jit
@@ -261,7 +261,8 @@ def _code_of(product: tl.tensor, F: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _store_planes(row: tl.tensor, start: tl.tensor, code: tl.tensor, at: Row, F: tl.constexpr) -> None:
+def store_planes(row: tl.tensor, start: tl.tensor, code: tl.tensor, at: Row, F: tl.constexpr) -> None:
+    """Write the codes (int32, wider than they are sent) of a tile, 0 behind the body, into the planes of a row."""
     FIRST: tl.constexpr = 8 if F.bits == 8 else 4 if F.bits >= 4 else 2
     _store_bytes(row, start, code, at, 0, FIRST)
     if F.planes > 1:

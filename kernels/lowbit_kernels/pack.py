@@ -101,9 +101,13 @@ def level_code(x: tl.tensor, F: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def level_value(code: tl.tensor, F: tl.constexpr) -> tl.tensor:
-    """fp32 levels of codes (int32, not negative) in the code book of F: first a pair of them, to halve the choices."""
+    """fp32 levels of codes (int32, not negative) in the code book of F: first a pair of them, to halve the choices.
+
+    Of a trellis: of what `singles.trellis_place` makes of codes.
+    """
+    PAIRS: tl.constexpr = 2**F.bits if F.has_trellis else 2 ** (F.bits - 1)
     bits = tl.full(code.shape, F.level_pairs[0], tl.int32)
-    for pair in tl.static_range(1, 2 ** (F.bits - 1)):
+    for pair in tl.static_range(1, PAIRS):
         bits = tl.where((code >> 1) == pair, F.level_pairs[pair], bits)
     return as_float(tl.where((code & 1) == 1, bits & -0x10000, bits << 16))
 

@@ -2,7 +2,8 @@
 
 What the owner of a token does between the two stages of an all-reduce. One program is one tile of one row, or of a few
 rows, as in `encode.py`. That takes a value from the same place of all packets, so both layouts must send the same
-features as outliers; where they do not, or rows do not divide, `encode_any.py` finds them one by one.
+features as outliers; where they do not, or rows do not divide, `encode_any.py` finds them one by one. A sum that
+becomes codes of a trellis goes by way of memory.
 
 Legend: T tokens, H hidden features, K outliers, R ranks, B bytes of a row.
 """
@@ -12,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lowbit_kernels.checks import check_requantize
+from lowbit_kernels.decode_sum import launch_decode_sum
+from lowbit_kernels.encode import encode
 from lowbit_kernels.encode_any import launch_encode_any
 from lowbit_kernels.group_scales import row_scale_bits
 from lowbit_kernels.layout import PacketLayout
@@ -64,6 +68,11 @@ def requantize(
         packets_RTB, layout, packet_TB, gather_layout, scale_RH, body_index, outlier_index, minimum_RH,
         gather_inverse_scale, gather_body_index, gather_outlier_index, gather_minimum,
     )  # fmt: skip
+    if gather_layout.has_trellis:
+        sum_TH = torch.empty(packet_TB.shape[0], layout.features, device=packet_TB.device)
+        launch_decode_sum(packets, layout, sum_TH, scale_RH, body_index, outlier_index, minimum_RH, add=False)
+        encode(sum_TH, gather_layout, packet_TB, gather_inverse_scale, gather_body_index, gather_outlier_index)
+        return
     in_place = (
         decodes_in_quads(layout)
         and encodes_in_units(gather_layout)

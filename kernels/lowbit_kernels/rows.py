@@ -38,7 +38,7 @@ MAGIC = 0x4B000000
 class Format:
     """What a layout is but for its sizes.
 
-    values: "int", "e4m3", "e2m1", "lm" or "nf4"; bits 16 and 32 are plain values. scales: "none" (plain values),
+    values: "int", "e4m3", "e2m1", "lm", "nf4" or "tc"; bits 16 and 32 are plain values. scales: "none" (plain values),
     "static", or how the scale of a group travels. outliers: whether there are any. word_nbytes: the widest word that
     may be loaded from or stored into the codes of any row, 4 or 2, after what their addresses are divisible by. unit:
     8, 4 or 1, the largest that divides the body: what masks one value of such a unit masks them all.
@@ -84,6 +84,16 @@ class Format:
         return self.values in CODE_BOOKS
 
     @property
+    def has_trellis(self) -> bool:
+        """True where the level of a code depends on the codes before it in the group."""
+        return self.values == "tc"
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The levels of a code book."""
+        return codebooks.levels(self.values, self.bits)
+
+    @property
     def thresholds(self) -> tuple[float, ...]:
         """What the levels of a code book lie between."""
         return codebooks.thresholds(self.values, self.bits)
@@ -91,8 +101,8 @@ class Format:
     @property
     def level_pairs(self) -> tuple[int, ...]:
         """The levels of a code book in bf16, two to an int32, the lower one in its lower half."""
-        levels = codebooks.levels(self.values, self.bits)
-        return struct.unpack(f"<{len(levels) // 2}i", b"".join(struct.pack("<f", level)[2:] for level in levels))
+        in_bf16 = b"".join(struct.pack("<f", level)[2:] for level in self.levels)
+        return struct.unpack(f"<{len(self.levels) // 2}i", in_bf16)
 
     @property
     def half(self) -> int:
@@ -264,8 +274,12 @@ def check_alignment(packet_TB: Tensor, layout: PacketLayout) -> None:
 
 
 def decodes_in_quads(layout: PacketLayout) -> bool:
-    """Whether four values at a time can be decoded: they are in one word of each plane, and share a scale."""
-    return not layout.has_codes or (layout.body % 4 == 0 and layout.group_size % 4 == 0)
+    """Whether four values at a time can be decoded: they are in one word of each plane, and share a scale.
+
+    A value of a trellis needs the codes before it, which may be in another word.
+    """
+    in_quads = layout.body % 4 == 0 and layout.group_size % 4 == 0 and not layout.has_trellis
+    return not layout.has_codes or in_quads
 
 
 def encodes_in_units(layout: PacketLayout) -> bool:

@@ -45,6 +45,19 @@ def _load_plane(plane: tl.tensor, value: tl.tensor, mask: tl.tensor, WIDTH: tl.c
 
 
 @triton.jit
+def trellis_place(
+    row: tl.tensor, value: tl.tensor, code: tl.tensor, mask: tl.tensor, at: Row, F: tl.constexpr
+) -> tl.tensor:
+    """Which levels codes of a trellis stand for: the three codes before each in its group have a say."""
+    FIRST: tl.constexpr = 4 if F.bits == 4 else 2
+    place = value % at.group_size
+    one = _load_plane(row, tl.maximum(value - 1, 0), mask & (place >= 1), FIRST)
+    two = _load_plane(row, tl.maximum(value - 2, 0), mask & (place >= 2), FIRST)
+    three = _load_plane(row, tl.maximum(value - 3, 0), mask & (place >= 3), FIRST)
+    return (code >> 1) * 4 + ((code ^ two ^ three) & 1) * 2 + (one & 1)
+
+
+@triton.jit
 def load_value(
     row: tl.tensor,
     value: tl.tensor,
@@ -66,6 +79,8 @@ def load_value(
         code = load_code(row, value, mask, at, F)
         if F.is_int:
             decoded = ((code ^ F.half) - F.half).to(tl.float32)
+        elif F.has_trellis:
+            decoded = level_value(trellis_place(row, value, code, mask, at, F), F)
         elif F.has_levels:
             decoded = level_value(code, F)
         else:

@@ -57,7 +57,11 @@ def stage_of(
     body_index: Tensor | None,
     outlier_index: Tensor | None,
 ) -> Stage:
-    """A stage of these static tensors; the indices are left out where `layout` sets no outliers apart."""
+    """A stage of these static tensors; the indices are left out where `layout` sets no outliers apart.
+
+    Of a layout without a trellis, whose codes no kernel here finds.
+    """
+    assert not layout.has_trellis, layout
     assert (scale_RD is not None) == layout.needs_static, layout
     assert (minimum_RD is not None) == layout.needs_minimum, layout
     inverse_RD = None if scale_RD is None else 1.0 / scale_RD

@@ -17,7 +17,7 @@ from megatron_lowbit.comm.policy import Choice, Policy, PolicyLog
 from megatron_lowbit.comm.rotated_codec import make_codec
 from megatron_lowbit.comm.saturation import SaturationCounter
 from megatron_lowbit.comm.schemes import CommScheme
-from megatron_lowbit.comm.symmetric import SymmetricAllReduce, SymmetricBuffers, SymmetricUpToSize
+from megatron_lowbit.comm.symmetric import SymmetricAllReduce, SymmetricBuffers, SymmetricUpToSize, unserved
 from megatron_lowbit.comm.two_stage import TwoStageAllReduce
 from megatron_lowbit.comm.virtual import VirtualAllReduce, VirtualExchange
 from megatron_lowbit.comm.wire_format import WireFormat
@@ -90,8 +90,8 @@ def build_all_reduce(
     point, for errors. saturation: counts what the codecs of both stages encode. policy: chooses by message size between
     the two-stage scheme, its one-stage form and the exact partials (of `dtype`); None: the scheme as it stands.
     workspace: buffers shared with other sync points. piece_nbytes: of two stages without a policy. symmetric: memory
-    that the ranks' GPUs share; two-stage messages that fit go through it, but for rotated ones and where saturation is
-    counted. post_norm: a norm stands between this sum and the residual.
+    that the ranks' GPUs share; two-stage messages that fit go through it, but for those it does not serve, rotated and
+    trellis-coded ones, and where saturation is counted. post_norm: a norm stands between this sum and the residual.
     """
     if context.size == 1:
         return SingleRankAllReduce()
@@ -137,7 +137,7 @@ def build_all_reduce(
         if gather_codec is None:
             return OneStageAllReduce(context, reduce_codec, name, workspace)
         messages = TwoStageAllReduce(context, reduce_codec, gather_codec, name, piece_nbytes, workspace)
-        if symmetric is None or saturation is not None or reduce_codec.rotates or gather_codec.rotates:
+        if symmetric is None or saturation is not None or unserved(scheme):
             return messages
         return SymmetricUpToSize(
             SymmetricAllReduce(context, scheme, hidden, constants, symmetric, name), beyond=messages

@@ -4,8 +4,8 @@ The first kernel encodes this rank's partials straight into the buffers of the t
 re-encodes what this rank owns and hands it to all, the third one decodes. They wait for each other on the device, so a
 CUDA graph can hold them. The bits are those of `TwoStageAllReduce`; `lowbit_kernels.symmetric` has the kernels.
 
-When not to use it: for messages beyond the reserved size, across hosts, for formats that are rotated, or where
-something wants to see the sums in between (`SaturationCounter`).
+When not to use it: for messages beyond the reserved size, across hosts, for formats that are rotated or trellis-coded,
+or where something wants to see the sums in between (`SaturationCounter`).
 """
 
 from __future__ import annotations
@@ -92,18 +92,28 @@ class SymmetricBuffers:
             )
 
 
+def unserved(scheme: CommScheme) -> str:
+    """What a scheme does that no kernel here does, with those that do not; empty where there is nothing."""
+    stages = [wire for wire in (scheme.reduce_stage, scheme.gather_stage) if wire is not None]
+    if any(wire.rotation for wire in stages):
+        return "rotates features; symmetric memory serves formats without -rotated and -hadamardN"
+    if any(wire.values == "tc" for wire in stages):
+        return "codes values along a trellis; symmetric memory serves formats other than tc2, tc3 and tc4"
+    return ""
+
+
 def reserve(
     context: ParallelContext, scheme: CommScheme, hidden: int, tokens: int = RESERVED_TOKENS
 ) -> SymmetricBuffers | None:
     """Buffers for all sync points of a model where its ranks' GPUs can address each other, else None; logged.
 
-    A collective call wherever ranks are on GPUs; on CPUs, for schemes of one stage and where one is rotated, nothing is
-    asked of anybody.
+    A collective call wherever ranks are on GPUs; on CPUs, for schemes of one stage and where one is `unserved`, nothing
+    is asked of anybody.
     """
     if context.device.type != "cuda" or context.size == 1 or context.virtual or scheme.gather_stage is None:
         return None
-    if scheme.reduce_stage.rotation or scheme.gather_stage.rotation:
-        logger.info("sync points: messages through the process group (features are rotated)")
+    if why := unserved(scheme):
+        logger.info("sync points: messages through the process group (%s %s)", scheme.name, why)
         return None
     if reason := why_missing(context):
         logger.info("sync points: messages through the process group (no symmetric memory: %s)", reason)
@@ -116,7 +126,7 @@ def reserve(
 class SymmetricAllReduce:
     """`full_TH = all_reduce(partial_LTH)` over ranks that share `buffers`.
 
-    Raises ValueError for a scheme of one stage, or with a rotated one.
+    Raises ValueError for a scheme of one stage, or one that is `unserved`.
     """
 
     stages = 2
@@ -134,11 +144,8 @@ class SymmetricAllReduce:
 
         if scheme.gather_stage is None:
             raise ValueError(f"scheme {scheme.name!r} has one stage; symmetric memory serves schemes of two")
-        if scheme.reduce_stage.rotation or scheme.gather_stage.rotation:
-            raise ValueError(
-                f"scheme {scheme.name!r} rotates features; symmetric memory serves formats without -rotated and "
-                "-hadamardN, others go as messages (TwoStageAllReduce)"
-            )
+        if why := unserved(scheme):
+            raise ValueError(f"scheme {scheme.name!r} {why}, others go as messages (TwoStageAllReduce)")
         self._kernels = symmetric
         self._context, self._buffers, self._name = context, buffers, name
         indices = constants.body_index, constants.outlier_index

@@ -21,6 +21,7 @@ LAYOUTS = [
     PacketLayout(1024, 8, 128, values="e4m3"),
     PacketLayout(1024, 4, 32, values="e2m1", scale_format="e8m0"),
     PacketLayout(1031, 4, 16, 8, values="e2m1", scale_format="e4m3", prescaled=True),
+    PacketLayout(1031, 3, 64, 8, values="tc", scale_format="e4m3", prescaled=True),
     PacketLayout(1024, 16),
 ]
 

@@ -1,5 +1,6 @@
 """Every backend gives the bits of `reference.py`: same packets, same outputs, for all layouts and all float values."""
 
+import math
 import os
 import random
 import subprocess
@@ -9,12 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.kernel_cases import FAMILIES, Case, check_case, check_norm, check_ties, same_bits
+from helpers.kernel_cases import FAMILIES, Case, check_case, check_norm, check_ties, on, same_bits
 
-from lowbit_kernels import PacketLayout, get_backend, reference
+from lowbit_kernels import PacketLayout, codebooks, get_backend, reference
+from lowbit_kernels.foretell import Composed
+from lowbit_kernels.mixed import Composed as MixedComposed
+from lowbit_kernels.mixed import Mixing
+from lowbit_kernels.reference_floats import unpack
+from lowbit_kernels.rotation import Rotation
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CODES = [family for family in FAMILIES if family not in ("bf16", "fp32")]
+#: Trellis-coded values. Triton's interpreter takes long for large groups, whose values follow one another.
+TRELLIS = {
+    "tc2-g16": PacketLayout(67, 2, 16, values="tc"),
+    "tc3-g40-e4m3-prescaled": PacketLayout(130, 3, 40, values="tc", scale_format="e4m3", prescaled=True),
+    "tc3-g24-e4m3-outlier": PacketLayout(97, 3, 24, 1, values="tc", scale_format="e4m3"),
+    "tc4-g64, a row shorter than a group": PacketLayout(21, 4, 64, values="tc"),
+    "tc4-g20-random-prescaled": PacketLayout(131, 4, 20, 7, values="tc", prescaled=True),
+    "tc3-g2-outlier, more than a program takes": PacketLayout(1100, 3, 2, 17, values="tc"),
+    "tc2-g1": PacketLayout(5, 2, 1, values="tc"),
+    "tc2-g16, outliers alone": PacketLayout(9, 2, 16, 9, values="tc"),
+}
 
 
 @dataclass
@@ -71,6 +88,89 @@ def test_residual_and_norm(subject, family):
 
 def test_ties_of_levels(subject):
     check_ties(subject.module, subject.device)
+
+
+def trellis_case(name, seed, tokens=2):
+    """A case of TRELLIS."""
+    case = Case(seed, "int4", TRELLIS[name].features, tokens)
+    case.ranks = 1 + seed % 2
+    case.use_layout(TRELLIS[name])
+    return case
+
+
+@pytest.mark.parametrize("name", TRELLIS)
+def test_trellises(subject, name):
+    for seed in range(1 if INTERPRETED else 4):
+        case = trellis_case(name, seed, tokens=2 if seed < 3 else 0)
+        check_case(case, subject.module, subject.device, case if seed % 2 else subject.gather_case(case, seed))
+        check_norm(case, subject.module, subject.device)
+
+
+@pytest.mark.parametrize(("family", "name"), [("levels", "tc2-g16"), ("bf16", "tc3-g24-e4m3-outlier")])
+def test_sums_of_other_packets_along_a_trellis(subject, family, name):
+    gather = trellis_case(name, 1)
+    case = Case(1, family, features=gather.layout.features, tokens=2)
+    check_case(case, subject.module, subject.device, gather)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ties_of_a_trellis(subject, bits):
+    """Values half way between levels of a subset, and between those of two, at a scale of 1."""
+    levels = torch.tensor(codebooks.levels("tc", bits))
+    halves = torch.cat([(levels[apart:] + levels[:-apart]) / 2 for apart in (1, 2, 4)])
+    layout = PacketLayout(5 * 20, bits, 20, values="tc")
+    x_TH = halves[torch.randint(len(halves), (4, layout.features), generator=torch.Generator().manual_seed(bits))]
+    x_TH[:, ::20] = -1.0
+    got = torch.empty(4, layout.row_nbytes, dtype=torch.uint8, device=subject.device)
+    expected = torch.empty(4, layout.row_nbytes, dtype=torch.uint8)
+    subject.module.encode(x_TH.to(subject.device), layout, got)
+    reference.encode(x_TH, layout, expected)
+    assert same_bits(got, expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_one_value_of_a_trellis_that_is_not_finite(subject, value):
+    """Its group decodes to NaN of one pattern, and has codes 0; the others are as they were."""
+    layout = PacketLayout(3 * 7, 4, 7, values="tc")
+    x_TH = torch.linspace(-1, 1, 21)[None].repeat(2, 1)
+    x_TH[1, 10] = value
+    packet_TB = torch.empty(2, layout.row_nbytes, dtype=torch.uint8, device=subject.device)
+    out_TH = torch.empty(2, 21, device=subject.device)
+    subject.module.encode(x_TH.to(subject.device), layout, packet_TB)
+    subject.module.decode(packet_TB, layout, out_TH)
+    expected = out_TH[:1].cpu().clone()
+    expected[0, 7:14] = torch.nan
+    assert same_bits(out_TH[1:], expected)
+    codes = unpack(packet_TB[:, : layout.codes_nbytes].cpu(), layout.planes, 21)
+    assert not codes[1, 7:14].any() and codes[0, 7:14].any()
+
+
+@pytest.mark.parametrize("name", ["tc3-g24-e4m3-outlier"])
+def test_loops_and_rotations_of_a_trellis(subject, name):
+    """What is composed of the codec's steps."""
+    results = []
+    for module, device in ((reference, "cpu"), (subject.module, subject.device)):
+        case = trellis_case(name, 2)
+        case.dtype = torch.bfloat16
+        layout, index = case.layout, on(device, case.body_index, case.outlier_index)
+        x_TH, packets, left = torch.randn(2, layout.features, generator=case.generator).to(device), [], []
+        feedback, packet = Composed(module), (2, layout.row_nbytes)
+        for _ in range(2):
+            packets.append(torch.empty(packet, dtype=torch.uint8, device=device))
+            left.append(torch.full_like(x_TH, 0.125))
+            feedback.encode_feedback(x_TH.bfloat16(), layout, packets[-1], None, left[-1], None, None, *index)
+        gather = {"gather_body_index": index[0], "gather_outlier_index": index[1]}
+        packets.append(torch.empty_like(packets[0]))
+        feedback.requantize_feedback(packets[:2], layout, packets[2], layout, left[1], None, *index, **gather)
+        hidden = layout.features - layout.outliers
+        mixing = Mixing(
+            Rotation(hidden, 16), None, torch.arange(layout.outliers, device=device) if index[0] is not None else None
+        )
+        mixed, out_TH = MixedComposed(module), torch.ones(2, hidden, device=device)
+        mixed.encode_mixed(x_TH[:, :hidden].contiguous(), layout, packets[0], mixing)
+        mixed.decode_mixed(packets[:1] * 2, layout, out_TH, mixing, add=True)
+        results.append([part.cpu() for part in (*packets, *left, out_TH)])
+    assert all(same_bits(got, expected) for expected, got in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

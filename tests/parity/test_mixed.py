@@ -38,9 +38,10 @@ def drawn(seed):
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     hidden = rng.choice([1, 5, 16, 67, 130, 256, 577, 1031])
     outliers = rng.choice([0, 1, hidden // 9, hidden])
-    options = rng.choice(
-        [{"bits": 4}, {"bits": 3}, {"bits": 8}, {"bits": 4, "scale_format": "e4m3"}, {"bits": 5, "asymmetric": True}]
-    )
+    options = rng.choice([
+        *({"bits": 4}, {"bits": 3}, {"bits": 8}, {"bits": 4, "scale_format": "e4m3"}, {"bits": 5, "asymmetric": True}),
+        {"bits": 3, "values": "tc"},
+    ])  # fmt: skip
     layout = PacketLayout(hidden + outliers, group_size=rng.choice([16, 40, 64]), outliers=outliers, **options)
     factor_H = (torch.randn(hidden, generator=generator).exp()).bfloat16().float() if rng.random() < 0.5 else None
     index = torch.randperm(hidden, generator=generator)[:outliers].sort().values if outliers else None

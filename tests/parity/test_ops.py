@@ -25,6 +25,7 @@ LAYOUTS = [
     PacketLayout(66, 8, 32, 0, "e4m3", "e8m0"),
     PacketLayout(66, 3, 16, 2, "lm", "e4m3", prescaled=True),
     PacketLayout(64, 4, 64, values="nf4"),
+    PacketLayout(67, 3, 16, 2, "tc", "e4m3", prescaled=True),
 ]
 DEVICES = [
     "cpu",

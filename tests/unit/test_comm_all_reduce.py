@@ -198,12 +198,28 @@ def test_symmetric_memory_takes_what_fits(monkeypatch):
     assert [all_reduce(torch.zeros(1, tokens, 64)) for tokens in (0, 4, 5)] == [
         SymmetricAllReduce, SymmetricAllReduce, TwoStageAllReduce,
     ]  # fmt: skip
-    # what must be seen in between, or has no second stage, stays with messages
+    # what must be seen in between, has no second stage, or takes other kernels, stays with messages
     assert isinstance(build("int4-g64", SaturationCounter()), TwoStageAllReduce)
+    for scheme in ("int4-g64-rotated", "tc3-g64", "int4-g64+tc4-g64-e4m3", "tc2-g16+bf16"):
+        assert isinstance(build(scheme), TwoStageAllReduce), scheme
     assert isinstance(build("int4-g64:one-stage"), OneStageAllReduce)
+
+
+@pytest.mark.parametrize("name", ["tc4-g64", "int8-group+tc3-g40"])
+def test_symmetric_memory_refuses_a_trellis(name):
+    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    with pytest.raises(ValueError, match="along a trellis; symmetric memory serves formats other than tc2, tc3"):
+        SymmetricAllReduce(ParallelContext.virtual_ranks(2), parse_scheme(name), 128, NO_CONSTANTS, None)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_no_memory_is_reserved_on_cpus(ranks):
     context = ParallelContext.single() if ranks == 1 else ParallelContext.virtual_ranks(ranks)
     assert reserve(context, parse_scheme("int4-g64"), 64) is None
+
+
+def test_no_memory_is_reserved_for_a_trellis(caplog):
+    context = SimpleNamespace(device=torch.device("cuda"), size=2, virtual=False)
+    with caplog.at_level("INFO"):
+        assert reserve(context, parse_scheme("tc4-g64"), 64) is None
+    assert "tc4-g64 codes values along a trellis" in caplog.text

@@ -25,6 +25,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mxfp4": {"bits": 4, "group_size": 32, "values": "e2m1", "scale_format": "e8m0"},
     "nvfp4": {"bits": 4, "group_size": 16, "values": "e2m1", "scale_format": "e4m3"},
     "lm4-g64": {"bits": 4, "group_size": 64, "values": "lm"},
+    "tc4-g64": {"bits": 4, "group_size": 64, "values": "tc"},
 }
 STEPS = ("encode", "decode", "decode_add", "decode_sum", "requantize", "decode_add_norm")
 RANKS = 4
