@@ -249,7 +249,7 @@ def _wanted(part: np.ndarray, low: np.ndarray, wire: Format) -> np.ndarray:
     amax = np.abs(part).max(axis=1)
     peak = np.where(part.max(axis=1) == amax, amax, -amax)
     if wire.values in CODE_BOOKS:
-        return -peak if wire.values == "lm" else amax
+        return -peak if wire.values in ("lm", "tc") else amax
     if wire.values != "int" and wire.scales == "e8m0":  # 448 = 1.75 * 2^8, 6 = 1.5 * 2^2
         return amax / F32(256 if wire.values == "e4m3" else 4)
     if wire.values != "int":

@@ -37,7 +37,7 @@ def _maybe_static(rng):
 
 
 def _levels(rng):
-    values, bits = rng.choice([("lm", 2), ("lm", 3), ("lm", 4), ("nf4", 4)])
+    values, bits = rng.choice([("lm", 2), ("lm", 3), ("lm", 4), ("nf4", 4), ("tc", rng.choice([2, 3, 4]))])
     return {"bits": bits, "values": values, **_group(rng), "scale_format": rng.choice(["bf16", "e4m3"])}
 
 

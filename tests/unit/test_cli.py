@@ -24,7 +24,7 @@ FLAGS = {
     "export": "CKPT OUT_DIR --max-shard-size --dtype --json",
     "verify": "CKPT --against --logits --json",
     "calibrate": f"OUT.safetensors --text --sequences --length {MODEL_FLAGS}",
-    "tune-scheme": "OUT.safetensors --budget-bits --max-kl --calibration --text --sequences --length --portable "
+    "tune-scheme": "OUT.safetensors --budget-bits --max-kl --calibration --text --sequences --length --fast --portable "
     f"{MODEL_FLAGS}",
     "generate": "--prompt --scheme --calibration --max-new-tokens --temperature --top-k --top-p --seed --stop --chat "
     f"--policy --stats {MODEL_FLAGS}",
@@ -50,7 +50,9 @@ DEFAULTS = {
     "bench-model M": dict(
         schemes="bf16,int4-outlier", prompt_tokens="512,2048", new_tokens=16, rounds=5, policy="auto"
     ),
-    "tune-scheme M O": dict(budget_bits=None, max_kl=None, calibration=None, sequences=64, length=512, portable=False),
+    "tune-scheme M O": dict(
+        budget_bits=None, max_kl=None, calibration=None, sequences=64, length=512, fast=False, portable=False
+    ),
     "tune OUT": dict(scheme="int4-outlier", hidden=4096, seconds=40.0),
     "convert S O --tp 2": dict(dtype="bf16", overwrite=False, dry_run=False),
     "export C O": dict(dtype="auto", max_shard_size="5GB"),
