@@ -29,10 +29,10 @@ from megatron_lowbit.parallel import ParallelContext
 
 ROUNDS = 15
 SCHEMES = (
-    "int4-outlier", "int4-fitted-outlier", "int4-g64-prescaled", "int4-g40-e4m3-prescaled", "lm4-g40-e4m3-prescaled",
-    "lm4-g40-e4m3-prescaled-rotated", "lm4-g64-e4m3-prescaled-outlier128", "lm4-g40-e4m3-prescaled:loop",
-    "lm4-g40-e4m3-prescaled:centred", "lm4-g40-e4m3-prescaled:predict=16:loop",
-    "lm4-g40-e4m3-prescaled:predict=32:loop", "lm4-g40-e4m3-prescaled:predict=64:loop",
+    "int4-outlier", "int4-fitted-outlier", "int4-g64-prescaled", "int4-g64-e4m3-prescaled", "lm4-g64-e4m3-prescaled",
+    "lm4-g40-e4m3-prescaled", "lm4-g64-e4m3-prescaled-rotated", "lm4-g64-e4m3-prescaled-outlier128",
+    "tc4-g64-e4m3-prescaled", "lm4-g64-e4m3-prescaled:loop", "lm4-g64-e4m3-prescaled:centred",
+    "lm4-g64-e4m3-prescaled:predict=16:loop", "lm4-g64-e4m3-prescaled:predict=32:loop", "balanced", "fine", "small",
 )  # fmt: skip
 STEPS = ("encode", "sum and encode", "decode")
 

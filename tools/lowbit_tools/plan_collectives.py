@@ -55,7 +55,10 @@ def choice_for(scheme: CommScheme, policy: Policy | None, tokens: int, hidden: i
 def collective_time(
     scheme: CommScheme, choice: Choice, tokens: int, hidden: int, ranks: int, link: Link, codec_nbytes_per_s: float
 ) -> CollectiveTime:
-    """One all-reduce of `[tokens, hidden]` under `choice`. codec_nbytes_per_s: infinite for one that costs nothing."""
+    """One all-reduce of `[tokens, hidden]` under `choice`, with the formats that most sync points of the scheme use.
+
+    codec_nbytes_per_s: infinite for one that costs nothing.
+    """
     if ranks == 1 or tokens == 0:
         return NOTHING
     plain_row, result_row = 2 * hidden, 4 * hidden  # bf16 partials, fp32 residual
