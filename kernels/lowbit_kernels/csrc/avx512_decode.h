@@ -1,7 +1,7 @@
 /* Decoding sums of R packet rows with AVX-512: what is prepared once a call, and the values of 64 codes. See avx512.h.
  *
- * Codes of 4 bits index a table of 16 fp32 numbers, with the scale of a group already in it; levels of fewer bits too,
- * but without the scale. e4m3 becomes bf16, which holds all its values exactly, by tables of high and low bytes. Other
+ * Codes of 4 bits index a table of 16 fp32 numbers, with the scale of a group already in it; levels of fewer bits, and
+ * those of a trellis, one of up to 32 without the scale. e4m3 becomes bf16, which holds all its values exactly, by tables of high and low bytes. Other
  * integers are converted.
  */
 #ifndef LOWBIT_AVX512_DECODE_H
@@ -31,8 +31,8 @@ typedef struct {
     int way, scales;
     int tame; /* static numbers are so small that no sum overflows: all NaN come from tables, which have but one */
     uint8_t lost; /* with static scales, the byte that says "not finite" */
-    float nibble[16] /* or levels of fewer bits */, *group, *group_minimum, *sum;
-    uint8_t *codes, *tail;
+    float nibble[32] /* or levels of bytes */, *group, *group_minimum, *sum;
+    uint8_t *codes, *tail, *bits;
     int64_t codes_nbytes, readable; /* of a row of one rank: in `codes`, and wherever its codes are */
     Rank512 *rank;                  /* TOGETHER rows of R */
 } Decode512;
@@ -80,9 +80,9 @@ VECTOR int plan_static512(Decode512 *plan, Static with, uint8_t *pairs, uint8_t 
 
 /* Values of all codes of 4 bits, or of all levels, before any scale; with static scales, NaN for the one that says "not
  * finite". */
-INLINE void fill_nibbles(float values[16], const Layout *at) {
+INLINE void fill_nibbles(float values[32], const Layout *at) {
     if (has_levels(at)) {
-        memcpy(values, at->levels, 16 * sizeof(float));
+        memcpy(values, at->levels, sizeof at->levels);
         return;
     }
     for (int code = 0; code < 16; code++)
@@ -91,9 +91,12 @@ INLINE void fill_nibbles(float values[16], const Layout *at) {
     if (!at->group_size) values[coding_of(at).lost] = as_float(NAN_BITS);
 }
 
+/* Codes that are looked up where they are in a packet, nibbles or whole bytes: but for a trellis's, which say places. */
+INLINE int in_nibbles(const Layout *at) { return at->bits == 4 && !has_trellis(at); }
+INLINE int in_place(const Layout *at) { return in_nibbles(at) || at->bits == 8; }
+
 /* Returns 0 where this code cannot do it: static scales that bf16 does not hold. */
 AVX512 static int plan_decode512(Decode512 *plan, const Layout *at, Static with, int64_t R, Arena *from) {
-    if (has_trellis(at)) return 0;
     const int64_t H = at->features, G = at->groups, size = at->group_size, row = H + BLOCK;
     const int fits = size == 16 || size == 32 || size % BLOCK == 0, each = size && !fits && size < SMALLEST_PLACED;
     const int64_t numbers = (each ? H : G) + BLOCK;
@@ -105,17 +108,17 @@ AVX512 static int plan_decode512(Decode512 *plan, const Layout *at, Static with,
                    : fits       ? GROUPS_OF_64
                                 : GROUPS_OF_ANY;
     if (plan->scales == GROUPS_OF_ANY) plan_places(&plan->places, size, at->body, 0, from);
-    plan->way = at->bits == 4         ? NIBBLES
+    plan->way = in_nibbles(at)        ? NIBBLES
                 : has_levels(at)      ? LEVEL_BYTES
                 : at->values == E4M3  ? E4M3_BYTES
                 : at->asymmetric      ? UNSIGNED_BYTES
                                       : SIGNED_BYTES;
     plan->lost = (uint8_t)(at->asymmetric ? coding_of(at).lost : -coding_of(at).lost);
-    plan->codes_nbytes = row, plan->readable = at->bits == 4 || at->bits == 8 ? at->row_nbytes : row;
+    plan->codes_nbytes = row, plan->readable = in_place(at) ? at->row_nbytes : row;
     plan_body(&plan->body, at, with.outlier_index, from);
     plan->group = take(from, G, 4), plan->group_minimum = take(from, G, 4);
     plan->sum = take(from, H, 4), plan->rank = take(from, TOGETHER * R, sizeof(Rank512));
-    plan->codes = take(from, at->bits == 4 || at->bits == 8 ? 0 : TOGETHER * R * row, 1);
+    plan->codes = take(from, in_place(at) ? 0 : TOGETHER * R * row, 1), plan->bits = take(from, least(size, H), 1);
     plan->tail = take(from, TOGETHER * R * BLOCK, 1);
     uint8_t *pairs = take(from, with.scale ? R * row : 0, 2);
     uint8_t *minimum_pairs = take(from, with.minimum ? R * row : 0, 2);
@@ -153,8 +156,8 @@ VECTOR void load_e4m3(__m512i table[4]) {
 }
 
 /* 16 codes of a byte each: integers, or places in `levels`. */
-VECTOR __m512 byte_values(__m128i bytes, __m512 levels, int way) {
-    if (way == LEVEL_BYTES) return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(bytes), levels);
+VECTOR __m512 byte_values(__m128i bytes, const __m512 levels[2], int way) {
+    if (way == LEVEL_BYTES) return _mm512_permutex2var_ps(levels[0], _mm512_cvtepu8_epi32(bytes), levels[1]);
     return _mm512_cvtepi32_ps(way == SIGNED_BYTES ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 }
 

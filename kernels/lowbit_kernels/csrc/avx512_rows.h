@@ -4,6 +4,7 @@
 
 #include "avx512_sums.h"
 #include "moves.h"
+#include "trellis.h"
 
 #ifdef HAS_AVX512
 
@@ -60,12 +61,13 @@ VECTOR void read_codes(const Decode512 *plan, int64_t index, const uint8_t *row)
     const Layout *at = plan->at;
     const int64_t left = at->body % BLOCK;
     plan->rank[index].codes = row;
-    if (at->bits != 4 && at->bits != 8) {
+    if (!in_place(at)) {
         uint8_t *codes = plan->codes + index * plan->codes_nbytes;
         FOR_BITS(at->bits, unpack_row(codes, row, at, coding_of(at).is_signed, BITS));
+        if (has_trellis(at)) trellis_places(codes, plan->bits, at->group_size, at->body);
         plan->rank[index].codes = codes;
     }
-    if (at->bits != 4 && at->group_size && left)
+    if (plan->way != NIBBLES && at->group_size && left)
         memcpy(plan->tail + BLOCK * index, plan->rank[index].codes + at->body - left, (size_t)left);
 }
 

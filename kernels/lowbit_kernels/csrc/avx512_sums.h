@@ -47,7 +47,7 @@ VECTOR void store_sums(const Out *out, int64_t q, int64_t b, __m512 sum[4]) {
 
 /* Values of the body among 64 features, without scale. What is not body is arbitrary. */
 VECTOR void static_values(const Decode512 *plan, const uint8_t *codes, uint64_t mask, int64_t before,
-                          const Nibbles *nibbles, const __m512i *e4m3, __m512 nibble, const int way, __m512 v[4]) {
+                          const Nibbles *nibbles, const __m512i *e4m3, const __m512 *nibble, const int way, __m512 v[4]) {
     const uint8_t *from = codes + (way == NIBBLES ? before / 2 : before);
     const int64_t count = (int64_t)_mm_popcnt_u64(mask);
     const int64_t nbytes = way == NIBBLES ? (count + (before & 1) + 1) / 2 : count;
@@ -58,7 +58,7 @@ VECTOR void static_values(const Decode512 *plan, const uint8_t *codes, uint64_t 
     if (way == NIBBLES) {
         __m512i index[4];
         nibble_codes(all, nibbles, index);
-        for (int k = 0; k < 4; k++) v[k] = _mm512_permutexvar_ps(index[k], nibble);
+        for (int k = 0; k < 4; k++) v[k] = _mm512_permutexvar_ps(index[k], nibble[0]);
         return;
     }
     if (plan->body.mask) all = _mm512_maskz_expand_epi8(mask, all);
@@ -78,7 +78,7 @@ VECTOR void static_values(const Decode512 *plan, const uint8_t *codes, uint64_t 
 
 /* Sums of `count` rows with static scales, which are read once for all of them. `of_one`: of one packet. */
 VECTOR void sum_static_of(const Decode512 *plan, const Out *out, const int count, const int of_one, const int way) {
-    const __m512 nibble = _mm512_loadu_ps(plan->nibble);
+    const __m512 nibble[2] = {_mm512_loadu_ps(plan->nibble), _mm512_loadu_ps(plan->nibble + 16)};
     const int asymmetric = (int)plan->at->asymmetric;
     __m512i e4m3[4];
     if (way == E4M3_BYTES) load_e4m3(e4m3);
@@ -133,7 +133,7 @@ VECTOR void group_numbers(const float *of_group, const Places *places, Where at,
 
 /* Values of block b of one rank. Nibbles are looked up in tables that have what values of a group share in them. */
 VECTOR void group_values(const Decode512 *plan, const Rank512 *rank, Where at, int64_t left,
-                         const Nibbles *nibbles, const __m512i *e4m3, __m512 nibble, const int way, const int scales,
+                         const Nibbles *nibbles, const __m512i *e4m3, const __m512 *nibble, const int way, const int scales,
                          __m512 v[4]) {
     const int shared = scales == GROUPS_OF_64 ? 4 : scales == GROUPS_OF_32 ? 2 : 1; /* vectors of a group */
     const int asymmetric = (int)plan->at->asymmetric, of_vectors = scales != EACH_FP32 && scales != GROUPS_OF_ANY;
@@ -149,11 +149,11 @@ VECTOR void group_values(const Decode512 *plan, const Rank512 *rank, Where at, i
         nibble_codes(_mm512_castsi256_si512(bytes), nibbles, index);
         __m512 scaled[4];
         for (int k = 0; k < 4 && of_vectors; k += shared) {
-            scaled[k] = _mm512_mul_ps(nibble, scale[k]);
+            scaled[k] = _mm512_mul_ps(nibble[0], scale[k]);
             if (asymmetric) scaled[k] = _mm512_add_ps(scaled[k], minimum[k]);
         }
         for (int k = 0; k < 4; k++)
-            v[k] = _mm512_permutexvar_ps(index[k], of_vectors ? scaled[k / shared * shared] : nibble);
+            v[k] = _mm512_permutexvar_ps(index[k], of_vectors ? scaled[k / shared * shared] : nibble[0]);
         if (of_vectors) return;
     } else {
         const uint8_t *from = left >= BLOCK ? rank->codes + BLOCK * b : plan->tail + BLOCK * (rank - plan->rank);
@@ -171,7 +171,7 @@ VECTOR void group_values(const Decode512 *plan, const Rank512 *rank, Where at, i
 /* The sum of one row of groups, in body order. */
 VECTOR void sum_groups(const Decode512 *plan, const Out *out, const int of_one, const int way, const int scales) {
     const int64_t in_group = plan->at->group_size / BLOCK;
-    const __m512 nibble = _mm512_loadu_ps(plan->nibble);
+    const __m512 nibble[2] = {_mm512_loadu_ps(plan->nibble), _mm512_loadu_ps(plan->nibble + 16)};
     const Nibbles nibbles = nibbles_of(~0ull, 0);
     int64_t blocks_left = in_group;
     Where at = {0, 0, {0, 0}};
