@@ -15,6 +15,8 @@ from megatron_lowbit.scheme_tuning_sensitivity import sensitivities
 from megatron_lowbit.weights import ModelWeights
 
 COMPENSATED = ":predict:loop"
+#: What a finer last point has: nothing later makes up for what it misses.
+FINE_LAST = "int7-g64-e4m3-prescaled0.6"
 #: How often a KL limit is tried: what is measured differs from the sum of what each site was expected to add.
 ATTEMPTS = 4
 #: Below this share of its KL limit a scheme could be cheaper, and is tried again.
@@ -62,7 +64,8 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The scheme, a row for each sync point, and both candidates on unseen text.
+    """The scheme, a row for each sync point, and the candidates on unseen text: the best with one format everywhere,
+    the search's, and within a budget the best with one format but for a finer last point.
 
     is_uniform: formats of their own were not better, so the scheme has the same everywhere.
     """
@@ -118,8 +121,7 @@ def tune_scheme(
     chosen, rows = (
         trial.within_bits(goal.budget_bits) if goal.budget_bits is not None else trial.below(goal.max_kl or 0)
     )
-    uniform_row, tuned_row = rows
-    own_row = uniform_row if chosen.is_uniform else tuned_row
+    uniform_row, own_row = rows[0], next(row for row in rows if row.scheme == chosen.label)
     origin = SchemeOrigin(
         budget_bits=goal.budget_bits, max_kl=goal.max_kl, wire_bits=_mean_bits(own_row), kl=own_row.kl_mean,
         uniform=uniform_row.scheme, uniform_kl=uniform_row.kl_mean, model=model, text=text, text_sha256=text_sha256,
@@ -139,6 +141,7 @@ class _Chosen:
     scheme: TunedScheme
     choice: Choice
     is_uniform: bool
+    label: str  # of its row
 
 
 class _Trial:
@@ -163,11 +166,33 @@ class _Trial:
         self._bits = [format_.bits for format_ in formats]
 
     def within_bits(self, budget: float) -> tuple[_Chosen, list[EvaluationRow]]:
-        """The better of the best uniform scheme and the search's; rows of both."""
-        uniform = self._chosen(best_uniform(self._damages, self._bits, budget - self._extra), True)
-        tuned = self._chosen(choose(self._damages, self._bits, budget - self._extra), False)
-        rows = self._evaluate(uniform, tuned)
-        return (tuned if rows[1].kl_mean < rows[0].kl_mean else uniform), rows
+        """The best of the best uniform scheme, the search's, and the uniform one with a finer last point; their rows.
+
+        Sensitivities are measured, and noise in them may spend bits in vain where all points need about as many.
+        """
+        room = budget - self._extra
+        trials = [
+            self._chosen(best_uniform(self._damages, self._bits, room), True),
+            self._chosen(choose(self._damages, self._bits, room), False),
+        ]
+        if (finer := self._finer_last(room)) is not None:
+            trials.append(self._chosen(finer, False, "finer last point"))
+        rows = self._evaluate(*trials)
+        best = min(range(len(rows)), key=lambda at: rows[at].kl_mean)  # the first of equal ones
+        return trials[best], rows
+
+    def _finer_last(self, room: float) -> Choice | None:
+        """One format everywhere but at the last point; None where the budget leaves none for the others."""
+        last = self._weights.config.sync_points[-1]
+        fine = next(at for at, format_ in enumerate(self._formats) if format_.name == FINE_LAST)
+        others = {site: damages for site, damages in self._damages.items() if site[0] != last}
+        sites, fine_bits = len(self._damages), (len(self._damages) - len(others)) * self._bits[fine]
+        if not others or (left := (room * sites - fine_bits) / len(others)) < min(self._bits):
+            return None
+        found = best_uniform(others, self._bits, left)
+        formats = {site: found.formats.get(site, fine) for site in self._damages}
+        damage = sum(self._damages[site][at] for site, at in formats.items())
+        return Choice(formats, (found.mean_bits * len(others) + fine_bits) / sites, damage)
 
     def below(self, max_kl: float) -> tuple[_Chosen, list[EvaluationRow]]:
         """The cheapest whose measured KL is below; expectations are scaled by what was measured, and tried again."""
@@ -196,7 +221,7 @@ class _Trial:
             )
         return best
 
-    def _chosen(self, choice: Choice, is_uniform: bool) -> _Chosen:
+    def _chosen(self, choice: Choice, is_uniform: bool, label: str = "") -> _Chosen:
         names = {site: self._formats[index].name for site, index in choice.formats.items()}
         points = dict.fromkeys(name for name, _ in names)
         if is_uniform:
@@ -209,16 +234,16 @@ class _Trial:
             common = max(values, key=values.count)
             own = {name: pair for name, pair in pairs.items() if pair != common}
             scheme = self._scheme("+".join(dict.fromkeys(common)), own)
-        return _Chosen(scheme, choice, is_uniform)
+        return _Chosen(scheme, choice, is_uniform, label or (scheme.base if is_uniform else self._name))
 
     def _scheme(self, base: str, own: dict[str, tuple[str, str]]) -> TunedScheme:
         nowhere = SchemeOrigin(None, None, 0.0, 0.0, "", 0.0, "", "", "")
         return TunedScheme(self._name, base + self._options, own, nowhere, self._calibration)
 
-    def _evaluate(self, uniform: _Chosen, tuned: _Chosen) -> list[EvaluationRow]:
+    def _evaluate(self, *trials: _Chosen) -> list[EvaluationRow]:
         with self._steps("proving it on unseen text (passes)") as progress:
-            pair: list[str | TunedScheme] = [uniform.scheme.base, tuned.scheme]
-            return evaluate(self._weights, pair, self._unseen, self._calibration, progress, self._backend)
+            schemes = [replace(trial.scheme, name=trial.label) for trial in trials]
+            return evaluate(self._weights, schemes, self._unseen, self._calibration, progress, self._backend)
 
 
 def _mean_bits(row: EvaluationRow) -> float:

@@ -209,11 +209,10 @@ def test_a_budget_is_kept_and_spent(weights, calibration, portable):
     )
     origin = tuned.scheme.origin
     assert 4.7 < origin.wire_bits <= 5.0 and tuned.scheme.scheme.portable == portable
-    uniform, own = tuned.rows
-    if tuned.is_uniform:
-        assert own.kl_mean >= uniform.kl_mean and not tuned.scheme.formats
-    else:
-        assert origin.kl == own.kl_mean < uniform.kl_mean == origin.uniform_kl
+    uniform, *others = tuned.rows
+    assert [row.scheme for row in others] == ["t", "finer last point"]
+    assert origin.kl == min(row.kl_mean for row in tuned.rows) and origin.uniform_kl == uniform.kl_mean
+    assert tuned.is_uniform == (origin.kl == uniform.kl_mean) == (not tuned.scheme.formats)
     # the scheme is what was evaluated, and the rows say what it is
     (again,) = evaluate(weights, [tuned.scheme], WINDOWS[4:], calibration)
     assert again.kl_mean == origin.kl
@@ -241,6 +240,25 @@ def test_what_is_not_better_is_not_taken(weights, calibration, monkeypatch):
     tuned = tune_scheme(weights, calibration, WINDOWS[:3], WINDOWS[4:], Goal(budget_bits=5.0), silently, True)
     assert tuned.is_uniform and not tuned.scheme.formats and tuned.scheme.origin.kl == tuned.rows[0].kl_mean
     assert tuned.rows[1].kl_mean >= tuned.rows[0].kl_mean
+
+
+@pytest.mark.parametrize(("budget", "rows"), [(5.0, 3), (2.9, 2)])
+def test_a_finer_last_point_is_tried_where_the_budget_has_room(weights, calibration, monkeypatch, budget, rows):
+    from megatron_lowbit import scheme_tuning
+
+    def favourite(*args, **kwargs):
+        *others, last = evaluate(*args, **kwargs)
+        return [*others, replace(last, kl_mean=0.0)]
+
+    monkeypatch.setattr(scheme_tuning, "evaluate", favourite)
+    tuned = tune_scheme(weights, calibration, WINDOWS[:3], WINDOWS[4:], Goal(budget_bits=budget), silently, True)
+    assert len(tuned.rows) == rows
+    bits = [(row.reduce_bits_per_value + row.gather_bits_per_value) / 2 for row in tuned.rows]
+    assert max(bits) <= budget + 1e-9 and tuned.scheme.origin.wire_bits == pytest.approx(bits[-1])
+    formats = {point.name: {point.reduce_format, point.gather_format} for point in tuned.points}
+    last = formats.pop(weights.config.sync_points[-1])
+    if rows == 3:
+        assert last == {scheme_tuning.FINE_LAST} and len(set.union(*formats.values())) == 1
 
 
 def test_a_kl_limit_is_kept_to(weights, calibration):
