@@ -26,7 +26,7 @@ typedef struct {
     Subsets subsets; /* of a trellis, with room for a row's products and for 16 groups */
     float *products;
     uint8_t *scratch;
-    int wide;
+    int wide; /* whether AVX-512 may be used for it */
 } EncodePlan;
 
 INLINE void plan_encode(EncodePlan *plan, const Layout *at, Static with, int is_bf16, Arena *from) {

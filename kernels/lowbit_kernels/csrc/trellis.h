@@ -30,21 +30,8 @@ INLINE int nearest(const Subsets *of, int k, float x) {
     return near;
 }
 
-/* Back from the best state to the codes of n values, `apart` of each other in x and in `from_high`, which has a bit for
- * each state. */
-INLINE void walk_back(const Subsets *of, uint8_t *codes, const float *cost, int64_t cost_apart, const float *x,
-                      const uint8_t *from_high, int64_t apart, int64_t n) {
-    int state = 0;
-    for (int s = 1; s < STATES; s++)
-        if (cost[s * cost_apart] < cost[state * cost_apart]) state = s;
-    for (int64_t t = n - 1; t >= 0; t--) {
-        const int bit = state & 1, before = state >> 1 | (from_high[t * apart] >> state & 1) << 2;
-        codes[t] = (uint8_t)(nearest(of, subset_of(before, bit), x[t * apart]) << 1 | bit);
-        state = before;
-    }
-}
-
-/* Codes of a group, `x` its values in units of levels. from_high: [n]. */
+/* Codes of a group, `x` its values in units of levels. from_high: [n], of which of the two states before each state was
+ * the better, a bit a state. */
 INLINE void codes_trellis(const Subsets *of, uint8_t *codes, const float *x, uint8_t *from_high, int64_t n) {
     float cost[STATES];
     for (int s = 0; s < STATES; s++) cost[s] = s ? as_float(EXPONENT) : 0.0f;
@@ -65,7 +52,14 @@ INLINE void codes_trellis(const Subsets *of, uint8_t *codes, const float *x, uin
         memcpy(cost, following, sizeof cost);
         from_high[t] = (uint8_t)high;
     }
-    walk_back(of, codes, cost, 1, x, from_high, 1, n);
+    int state = 0;
+    for (int s = 1; s < STATES; s++)
+        if (cost[s] < cost[state]) state = s;
+    for (int64_t t = n - 1; t >= 0; t--) {
+        const int bit = state & 1, before = state >> 1 | (from_high[t] >> state & 1) << 2;
+        codes[t] = (uint8_t)(nearest(of, subset_of(before, bit), x[t]) << 1 | bit);
+        state = before;
+    }
 }
 
 /* Codes of a row's body to the places of their levels, in place. `bits` has room for n + 3 of a group. */
