@@ -13,8 +13,8 @@ _FINE_ENDS = f"first=tc4-{_SCALED}:last=int5-{_SCALED}"
 #: point for what encoders missed. No point comes after the last, where each miss goes right into the logits: it gets
 #: more bits. At 3 bits the first gets one more as well, for all else is built on it. `fine` and `small` are
 #: trellis-coded: that takes a quarter to a third of the KL away, for time that slow links or fast processors leave;
-#: `balanced` has a predictor of rank 16, which leaves 15 % more than one of rank 64 and takes half its time. Chosen by
-#: KL on SmolLM2 135M and Gemma 3 270M (benchmarks/README.md), where code books beat integers, one-byte scales 16-bit
+#: `balanced` has a predictor of rank 16, which leaves a fifth more than one of rank 64 and takes half its time. Chosen
+#: by KL on SmolLM2 135M and Gemma 3 270M (benchmarks/README.md), where code books beat integers, one-byte scales 16-bit
 #: ones, 0.6 as power of smoothing 0.5 and 0.7, and a finer last point smaller groups.
 PRESETS: dict[str, str] = {
     "balanced": f"lm4-{_SCALED}:predict=16:loop:{_FINE_LAST}",
