@@ -19,7 +19,7 @@ def test_every_preset_has_a_promise():
 def test_wire_bits_stay_below_the_limit(name):
     """Rows are padded and groups rarely fill them; the fewer layers, the more the ends weigh."""
     scheme, points = parse_scheme(name), [str(point) for point in range(2 * LAYERS)]
-    for hidden in (*range(512, 1400), *range(1400, 9000, 61), *range(1408, 16385, 64), 2880):
+    for hidden in (*range(512, 1400, 7), *range(1400, 9000, 241), *range(640, 16385, 128), 2880):
         for post_norms in (False, True):
             reduce, gather = scheme.wire_bits_per_value(hidden, points, post_norms)
             limit = LIMITS[name] + (0.0 if hidden % 128 == 0 and hidden >= 640 else 0.1)
