@@ -109,11 +109,12 @@ def sync_point_errors(
     exact_scheme = parse_scheme("exact").for_dtype(weights.dtype)
     exact = build_all_reduce(context, exact_scheme, hidden, NO_CONSTANTS, backend)
     assert not isinstance(exact, CompensatedAllReduce)
-    found = {name: SyncPointErrors() for name in weights.config.sync_points}
+    points = weights.config.sync_points
+    found = {name: SyncPointErrors() for name in points}
     drift = _Drift()
 
     def watched(name: str, collective: AllReduce | CompensatedAllReduce) -> JoiningAllReduce:
-        first_stage = _first_stage(weights, scheme.at(name, weights.config.sync_points), name, calibration, backend)
+        first_stage = _first_stage(weights, scheme.at(name, points), name, calibration, backend)
         return _WatchedAllReduce(name, collective, exact, first_stage, found[name], drift)
 
     counters = {name: errors.saturation for name, errors in found.items()}
@@ -123,7 +124,7 @@ def sync_point_errors(
         model(TokenBatch.prompts([window], context.device))
         progress()
     shares = _saturated(weights, found)
-    return [_row(scheme.at(name, list(found)), name, errors, shares[name]) for name, errors in found.items()]
+    return [_row(scheme.at(name, points), name, errors, shares[name]) for name, errors in found.items()]
 
 
 def _first_stage(

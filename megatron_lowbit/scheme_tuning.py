@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_lowbit.calibration.artifact import CommCalibration
 from megatron_lowbit.calibration.scheme_file import SchemeOrigin, TunedScheme
+from megatron_lowbit.comm.presets import FINE_LAST
 from megatron_lowbit.evaluation import EvaluationRow, evaluate
 from megatron_lowbit.scheme_tuning_errors import format_errors
 from megatron_lowbit.scheme_tuning_search import Candidate, Choice, Site, best_uniform, candidates, choose
@@ -15,8 +16,6 @@ from megatron_lowbit.scheme_tuning_sensitivity import sensitivities
 from megatron_lowbit.weights import ModelWeights
 
 COMPENSATED = ":predict:loop"
-#: What a finer last point has: nothing later makes up for what it misses.
-FINE_LAST = "int7-g64-e4m3-prescaled0.6"
 #: How often a KL limit is tried: what is measured differs from the sum of what each site was expected to add.
 ATTEMPTS = 4
 #: Below this share of its KL limit a scheme could be cheaper, and is tried again.
@@ -187,7 +186,7 @@ class _Trial:
         fine = next(at for at, format_ in enumerate(self._formats) if format_.name == FINE_LAST)
         others = {site: damages for site, damages in self._damages.items() if site[0] != last}
         sites, fine_bits = len(self._damages), (len(self._damages) - len(others)) * self._bits[fine]
-        if not others or (left := (room * sites - fine_bits) / len(others)) < min(self._bits):
+        if (left := (room * sites - fine_bits) / len(others)) < min(self._bits):
             return None
         found = best_uniform(others, self._bits, left)
         formats = {site: found.formats.get(site, fine) for site in self._damages}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_lowbit.comm.format_names import parse_format
+from megatron_lowbit.comm.presets import SCALED
 from megatron_lowbit.comm.wire_format import WireFormat
 
 VALUES = ("tc2", "tc3", "tc4", "int5", "int6", "int7", "int8")
@@ -38,10 +39,8 @@ def candidates(hidden: int, fast: bool = False) -> list[Candidate]:
     shares = ["", *(f"-outlier{divisor}" for divisor in OUTLIER_DIVISORS if hidden >= divisor)]
     found = []
     for values in FAST_VALUES if fast else VALUES:
-        plain = [f"{values}-g{group}-e4m3-prescaled0.6{share}" for group in GROUPS for share in shares]
-        rotated = [
-            f"{values}-g{group}-e4m3-prescaled0.6-rotated{share}" for group in ROTATED_GROUPS for share in shares
-        ]
+        plain = [f"{values}-g{group}-{SCALED}{share}" for group in GROUPS for share in shares]
+        rotated = [f"{values}-g{group}-{SCALED}-rotated{share}" for group in ROTATED_GROUPS for share in shares]
         for name in plain + rotated:
             wire, _ = parse_format(name)
             found.append(Candidate(name, wire, wire.wire_bits_per_value(hidden)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_lowbit.calibration.artifact import CommCalibration
+from megatron_lowbit.comm.presets import SCALED
 from megatron_lowbit.comm.schemes import CommScheme, PointFormats, parse_scheme
 from megatron_lowbit.layers.kv_cache import TokenBatch
 from megatron_lowbit.models.decoder import Decoder
@@ -14,7 +15,7 @@ from megatron_lowbit.scoring import Reference, score
 from megatron_lowbit.weights import ModelWeights
 
 #: Formats of the sync points in question (the first of these that is a candidate), and of all others meanwhile.
-COARSE, FINE = ("tc3-g64-e4m3-prescaled0.6", "lm3-g64-e4m3-prescaled0.6"), "int8-g64-e4m3-prescaled0.6"
+COARSE, FINE = (f"tc3-g64-{SCALED}", f"lm3-g64-{SCALED}"), f"int8-g64-{SCALED}"
 #: Sync points are taken together, neighbours first, where there are more than so many.
 MAX_GROUPS = 64
 #: What the exact predictions of all sequences may occupy, a process; fewer positions are scored where they need more.

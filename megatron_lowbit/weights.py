@@ -100,11 +100,11 @@ class ModelWeights:
             calibration.check_fits(self.fingerprint, self.context.size, "file")
         scheme = scheme.for_dtype(self.dtype)
 
-        workspace = Workspace()
+        workspace, points = Workspace(), self.config.sync_points
 
         def all_reduce(name: str) -> AllReduce | JoiningAllReduce:
             counter = None if saturation is None else saturation.setdefault(name, SaturationCounter())
-            own = scheme.at(name, self.config.sync_points)
+            own = scheme.at(name, points)
             constants = sync_point_constants(own, name, self.config.hidden_size, calibration, self.context.device)
             collective = build_all_reduce(
                 self.context, own, self.config.hidden_size, constants, backend, name, counter, policy, policy_log,

@@ -18,15 +18,17 @@ Legend: N groups, S values of a group, B bits of a code.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+#: Of the three lowest bits that came last, the latest in a state's lowest bit.
 STATES = 8
-#: The three lowest bits that make a state, the latest in its lowest bit.
-MEMORY = 3
+Number = TypeVar("Number", int, Tensor)
 
 
-def subset(state: int, bit: int) -> int:
+def subset(state: Number, bit: Number) -> Number:
     """Which subset (0 to 3: every fourth level, from that one on) a code with this lowest bit takes its level from."""
     return 2 * ((bit ^ state >> 1 ^ state >> 2) & 1) + (state & 1)
 
@@ -35,12 +37,12 @@ def trellis_codes(product_NS: Tensor, levels: tuple[float, ...]) -> Tensor:
     """Codes (int32 `[N, S]`) of finite fp32 numbers in units of the book's levels."""
     groups, size = product_NS.shape
     books = product_NS.new_tensor(levels).view(-1, 4)
-    middles = (books[1:] + books[:-1]) / 2
+    middles = ((books[1:] + books[:-1]) / 2).t().contiguous()
     cost = product_NS.new_full((groups, STATES), torch.inf)
     cost[:, 0] = 0.0
     came_from, nearest = [], []
     for x_N in product_NS.t().contiguous():
-        near = [torch.bucketize(x_N, middles[:, k].contiguous(), out_int32=True) for k in range(4)]
+        near = [torch.bucketize(x_N, middles[k], out_int32=True) for k in range(4)]
         errors = [x_N - books[near_N, k] for k, near_N in enumerate(near)]
         distance = [error_N * error_N for error_N in errors]
         following, before = [], []
@@ -60,8 +62,7 @@ def trellis_codes(product_NS: Tensor, levels: tuple[float, ...]) -> Tensor:
         least_N = torch.minimum(cost[:, state], least_N)
     for t in reversed(range(size)):
         bit_N, before_N = state_N & 1, came_from[t].gather(1, state_N[:, None])[:, 0]
-        of_N = 2 * ((bit_N ^ before_N >> 1 ^ before_N >> 2) & 1) + (before_N & 1)
-        codes[:, t] = nearest[t].gather(1, of_N[:, None])[:, 0] << 1 | bit_N
+        codes[:, t] = nearest[t].gather(1, subset(before_N, bit_N)[:, None])[:, 0] << 1 | bit_N
         state_N = before_N
     return codes
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-_SCALED = "g64-e4m3-prescaled0.6"
-_FINE_LAST = f"last=int7-{_SCALED}"
-_FINE_ENDS = f"first=tc4-{_SCALED}:last=int5-{_SCALED}"
+#: How values are scaled, by presets and in searches.
+SCALED = "e4m3-prescaled0.6"
+_GROUPED = f"g64-{SCALED}"
+#: What the last sync point has in presets of 4 bits.
+FINE_LAST = f"int7-{_GROUPED}"
+_FINE_LAST = f"last={FINE_LAST}"
+_FINE_ENDS = f"first=tc4-{_GROUPED}:last=int5-{_GROUPED}"
 
 #: `balanced` and `fine` send at most 4.25 bits a value, `small` at most 3.25, in the mean over both stages and all sync
 #: points of a model of 18 layers or more, for widths that are a multiple of 128 from 640 on. (Rows of other widths are
@@ -17,9 +21,9 @@ _FINE_ENDS = f"first=tc4-{_SCALED}:last=int5-{_SCALED}"
 #: by KL on SmolLM2 135M and Gemma 3 270M (benchmarks/README.md), where code books beat integers, one-byte scales 16-bit
 #: ones, 0.6 as power of smoothing 0.5 and 0.7, and a finer last point smaller groups.
 PRESETS: dict[str, str] = {
-    "balanced": f"lm4-{_SCALED}:predict=16:loop:{_FINE_LAST}",
-    "fine": f"tc4-{_SCALED}:predict=64:loop:{_FINE_LAST}",
-    "small": f"tc3-{_SCALED}:predict=64:loop:{_FINE_ENDS}",
-    "balanced-portable": f"lm4-{_SCALED}:{_FINE_LAST}",
-    "small-portable": f"tc3-{_SCALED}:{_FINE_ENDS}",
+    "balanced": f"lm4-{_GROUPED}:predict=16:loop:{_FINE_LAST}",
+    "fine": f"tc4-{_GROUPED}:predict=64:loop:{_FINE_LAST}",
+    "small": f"tc3-{_GROUPED}:predict=64:loop:{_FINE_ENDS}",
+    "balanced-portable": f"lm4-{_GROUPED}:{_FINE_LAST}",
+    "small-portable": f"tc3-{_GROUPED}:{_FINE_ENDS}",
 }

@@ -11,7 +11,7 @@ import torch
 from helpers.model_cases import prompt_of
 
 from megatron_lowbit.calibration_run import calibrate
-from megatron_lowbit.comm.presets import PRESETS
+from megatron_lowbit.comm.presets import FINE_LAST, PRESETS
 from megatron_lowbit.comm.schemes import CommScheme, parse_scheme
 from megatron_lowbit.evaluation import evaluate
 from megatron_lowbit.parallel import ParallelContext
@@ -258,7 +258,7 @@ def test_a_finer_last_point_is_tried_where_the_budget_has_room(weights, calibrat
     formats = {point.name: {point.reduce_format, point.gather_format} for point in tuned.points}
     last = formats.pop(weights.config.sync_points[-1])
     if rows == 3:
-        assert last == {scheme_tuning.FINE_LAST} and len(set.union(*formats.values())) == 1
+        assert last == {FINE_LAST} and len(set.union(*formats.values())) == 1
 
 
 def test_a_kl_limit_is_kept_to(weights, calibration):

@@ -1,8 +1,8 @@
 /* Decoding sums of R packet rows with AVX-512: what is prepared once a call, and the values of 64 codes. See avx512.h.
  *
  * Codes of 4 bits index a table of 16 fp32 numbers, with the scale of a group already in it; levels of fewer bits, and
- * those of a trellis, one of up to 32 without the scale. e4m3 becomes bf16, which holds all its values exactly, by tables of high and low bytes. Other
- * integers are converted.
+ * those of a trellis, one of up to 32 without the scale. e4m3 becomes bf16, which holds all its values exactly, by tables
+ * of high and low bytes. Other integers are converted.
  */
 #ifndef LOWBIT_AVX512_DECODE_H
 #define LOWBIT_AVX512_DECODE_H
@@ -91,7 +91,8 @@ INLINE void fill_nibbles(float values[32], const Layout *at) {
     if (!at->group_size) values[coding_of(at).lost] = as_float(NAN_BITS);
 }
 
-/* Codes that are looked up where they are in a packet, nibbles or whole bytes: but for a trellis's, which say places. */
+/* Whether codes are looked up where they lie in a packet, as nibbles or whole bytes. Those of a trellis are not: what is
+ * looked up are the places that they say. */
 INLINE int in_nibbles(const Layout *at) { return at->bits == 4 && !has_trellis(at); }
 INLINE int in_place(const Layout *at) { return in_nibbles(at) || at->bits == 8; }
 

@@ -8,7 +8,8 @@
 
 enum { STATES = 8, LANES = 16 };
 
-/* Of every fourth level, from k on: how many there are, and the thresholds between them. */
+/* Of every fourth level, from k on: how many there are, and the thresholds between them. Vectors of these are also
+ * loaded from the second on, hence one to spare. */
 typedef struct { int count; float level[4][8], threshold[4][8], spare[1]; } Subsets;
 
 INLINE void fill_subsets(Subsets *of, const Layout *at) {
